@@ -1,0 +1,1 @@
+"""Part of Quorate; see docs/architecture.md."""
