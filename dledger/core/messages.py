@@ -1,0 +1,93 @@
+"""What the members of a raft group say to each other, as values.
+
+Every message carries the sender's term, except that a `PreVote` carries the term it *would* campaign in: a receiver
+never adopts that one (Raft dissertation 9.6). Sender and receiver are the connection's business and not in here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from dledger.core.types import Entry
+
+
+class PreVote(msgspec.Struct, frozen=True):
+    """Would you vote for me in `term`? Changes nothing at the receiver. `ticket` is not 0 on order of the leader."""
+
+    term: int
+    last_index: int
+    last_term: int
+    ticket: int = 0
+
+
+class PreVoteReply(msgspec.Struct, frozen=True):
+    """`term` is the answering node's own, `proposed` the term that was asked about.
+
+    `has_leader` tells that the refusal is only due to a live leader. `recovering`: see `Vote`.
+    """
+
+    term: int
+    proposed: int
+    granted: bool
+    has_leader: bool = False
+    recovering: bool = False
+
+
+class Vote(msgspec.Struct, frozen=True):
+    """RequestVote (Raft 5.2, 5.4.1). The last entry's index and term come from the stored entry and nothing else."""
+
+    term: int
+    last_index: int
+    last_term: int
+    ticket: int = 0
+
+
+class VoteReply(msgspec.Struct, frozen=True):
+    """A voter that lost its page cache in a power failure is `recovering`: it counts only if *all* members grant."""
+
+    term: int
+    granted: bool
+    recovering: bool = False
+
+
+class Append(msgspec.Struct, frozen=True):
+    """AppendEntries (Raft 5.3); without entries a heartbeat. Always names the predecessor, with its chain checksum.
+
+    `seq` counts the leader's messages to this peer within its term.
+    """
+
+    term: int
+    prev_index: int
+    prev_term: int
+    prev_crc: int
+    commit: int
+    seq: int
+    entries: Sequence[Entry] = ()
+
+
+class AppendReply(msgspec.Struct, frozen=True):
+    """Answers every Append up to `seq`.
+
+    `ok`: the predecessor matched; `written` and `durable` are the highest *verified* indexes in the page cache and on
+    stable storage. Not `ok`: `hint_index`, `hint_term` is the last entry that could still agree with the leader's.
+    """
+
+    term: int
+    seq: int
+    ok: bool
+    written: int
+    durable: int
+    hint_index: int = 0
+    hint_term: int = 0
+
+
+class TimeoutNow(msgspec.Struct, frozen=True):
+    """Leadership transfer (dissertation 3.10): campaign at once, with this ticket."""
+
+    term: int
+    ticket: int
+
+
+Message = PreVote | PreVoteReply | Vote | VoteReply | Append | AppendReply | TimeoutNow
