@@ -1,1 +1,1 @@
-"""Part of Quorate; see docs/architecture.md."""
+"""The ground under every node: clock, randomness, ids, files, network, logs; see `runtime.model` for the five seams."""

@@ -59,7 +59,7 @@ class Ids(Protocol):
 
 
 class File(Protocol):
-    """One open file. Positional I/O only; synchronous calls touch the page cache, awaitable ones may wait for the disk."""
+    """One open file. Positional I/O only; synchronous calls touch the page cache, awaitable ones may wait for disk."""
 
     @property
     def path(self) -> str: ...

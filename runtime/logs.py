@@ -1,0 +1,175 @@
+"""Structured logs: short events with fields, JSON lines in files, readable lines on a terminal.
+
+`get_logger` costs nothing at import. structlog is loaded by `configure_logging`, which only server processes call;
+until then events of level warning and above go to the standard library's logging, as a library should (style.md 4.6).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+_LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
+
+ROTATE_BYTES = 10 * 1024 * 1024
+ROTATE_KEEP = 5
+
+
+class RotatingFile:
+    """Appends whole lines; past `max_bytes` the file becomes `path.1`, and so on up to `path.<keep>`.
+
+    Safe to use from several threads of one process.
+    """
+
+    def __init__(self, path: str, *, max_bytes: int = ROTATE_BYTES, keep: int = ROTATE_KEEP) -> None:
+        self._path = path
+        self._max_bytes = max_bytes
+        self._keep = keep
+        self._lock = threading.Lock()
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)  # noqa: PTH103, PTH120
+        self._open()
+
+    def _open(self) -> None:
+        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._size = os.fstat(self._descriptor).st_size
+
+    def write_line(self, line: str) -> None:
+        """One system call per line. A full disk loses the line rather than the node."""
+        data = line.encode("utf-8", "backslashreplace") + b"\n"
+        with self._lock:
+            try:
+                if self._size + len(data) > self._max_bytes and self._size:
+                    self._rotate()
+                self._size += os.write(self._descriptor, data)
+            except OSError:
+                return
+
+    def _rotate(self) -> None:
+        os.close(self._descriptor)
+        for number in range(self._keep - 1, 0, -1):
+            older = f"{self._path}.{number}"
+            if os.path.exists(older):  # noqa: PTH110
+                os.replace(older, f"{self._path}.{number + 1}")  # noqa: PTH105
+        os.replace(self._path, f"{self._path}.1")  # noqa: PTH105
+        self._open()
+
+    def close(self) -> None:
+        with self._lock:
+            os.close(self._descriptor)
+
+
+def _write_stderr(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+class _Sink:
+    """Where events go; replaced as a whole by `configure_logging`."""
+
+    def __init__(self) -> None:
+        self.threshold = _LEVELS["warning"]
+        self.emit: Callable[[str, str, str, dict[str, Any], bool], None] = _emit_to_stdlib
+
+
+def _emit_to_stdlib(level: str, name: str, event: str, fields: dict[str, Any], traceback: bool) -> None:
+    import logging
+
+    text = " ".join([event, *(f"{key}={value!r}" for key, value in fields.items())])
+    logging.getLogger(f"quorate.{name}").log(_LEVELS[level], "%s", text, exc_info=traceback)
+
+
+class Logger:
+    """A logger with bound fields: `log.bind(term=3).info("leader elected", leader="n1")`.
+
+    Events are short past-tense phrases; everything that varies is a field.
+    """
+
+    __slots__ = ("_fields", "_name")
+
+    def __init__(self, name: str, fields: dict[str, Any]) -> None:
+        self._name = name
+        self._fields = fields
+
+    def bind(self, **fields: Any) -> Logger:
+        """A logger that adds `fields` to each of its events."""
+        return Logger(self._name, {**self._fields, **fields})
+
+    def _log(self, level: str, event: str, fields: dict[str, Any], traceback: bool = False) -> None:
+        if _LEVELS[level] >= _sink.threshold:
+            _sink.emit(level, self._name, event, {**self._fields, **fields}, traceback)
+
+    def debug(self, event: str, **fields: Any) -> None:
+        """For developers."""
+        self._log("debug", event, fields)
+
+    def info(self, event: str, **fields: Any) -> None:
+        """Something an operator may look for."""
+        self._log("info", event, fields)
+
+    def warning(self, event: str, **fields: Any) -> None:
+        """Something an operator should know of; the node copes."""
+        self._log("warning", event, fields)
+
+    def error(self, event: str, **fields: Any) -> None:
+        """Something an operator has to act on."""
+        self._log("error", event, fields)
+
+    def exception(self, event: str, **fields: Any) -> None:
+        """As `error`, with the traceback of the exception being handled."""
+        self._log("error", event, fields, traceback=True)
+
+
+def get_logger(name: str, **fields: Any) -> Logger:
+    """A logger for one part of the system; `fields` go into each of its events."""
+    return Logger(name, fields)
+
+
+def bind_context(**fields: Any) -> None:
+    """Add fields (cluster, node, connection ...) to every event of this trio task and the tasks it starts from here."""
+    from structlog import contextvars
+
+    contextvars.bind_contextvars(**fields)
+
+
+def configure_logging(
+    path: str | None, *, json: bool, level: str = "info", max_bytes: int = ROTATE_BYTES, keep: int = ROTATE_KEEP
+) -> None:
+    """Send events of `level` and above to a rotating file, or to stderr where `path` is None.
+
+    `json` chooses JSON lines over lines for humans. May be called again. Raises OSError where the file cannot be had.
+    """
+    import structlog
+
+    threshold = _LEVELS[level]
+    write = _write_stderr if path is None else RotatingFile(path, max_bytes=max_bytes, keep=keep).write_line
+    renderer: Any
+    if json:
+        renderer = structlog.processors.JSONRenderer(default=str)
+    else:
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=path is None and sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
+    processors: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    if json:
+        processors.append(structlog.processors.format_exc_info)
+    processors.append(renderer)
+
+    def emit(level: str, name: str, event: str, fields: dict[str, Any], traceback: bool) -> None:
+        values: Any = {**fields, "event": event, "level": level, "logger": name}
+        if traceback:
+            values["exc_info"] = True
+        for processor in processors:
+            values = processor(None, level, values)
+        write(values)
+
+    _sink.threshold = threshold
+    _sink.emit = emit
+
+
+_sink = _Sink()

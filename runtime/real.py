@@ -1,0 +1,83 @@
+"""The real world behind the five seams."""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import socket
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+
+from runtime.clock import RealClock
+from runtime.files import RealFiles
+from runtime.model import Env
+from runtime.net import TcpNet
+
+T = TypeVar("T")
+
+_WORKERS = 2
+
+
+class RealIds:
+    """`runtime.model.Ids` of this process and machine."""
+
+    def __init__(self) -> None:
+        self._host = socket.gethostname()
+        self._boot_id = _read_boot_id()
+
+    def salt(self, nbytes: int) -> bytes:
+        """Unpredictable bytes."""
+        return secrets.token_bytes(nbytes)
+
+    @property
+    def host(self) -> str:
+        return self._host
+
+    @property
+    def pid(self) -> int:
+        return os.getpid()
+
+    @property
+    def boot_id(self) -> str:
+        """Changes when the machine restarts; where the system has none, changes with each process, the safe side."""
+        return self._boot_id
+
+
+def _read_boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return uuid.uuid4().hex
+
+
+class _Workers:
+    """Threads for slow pure computation, apart from those that sync files."""
+
+    def __init__(self) -> None:
+        self._limiter = trio.CapacityLimiter(_WORKERS)
+
+    async def run(self, function: Callable[..., T], *args: object) -> T:
+        """`function(*args)` in a thread. Checkpoint; a cancellation waits for the function to end."""
+        return await trio.to_thread.run_sync(function, *args, limiter=self._limiter)
+
+
+def _fresh_rng(name: str) -> random.Random:
+    """In the real world every stream is unpredictable, whatever its name."""
+    return random.Random(secrets.randbits(128))
+
+
+def real_env(rng: Callable[[str], random.Random] = _fresh_rng) -> Env:
+    """The environment of a real node. One per trio loop: its streams share a receive buffer."""
+    return Env(
+        clock=RealClock(),
+        rng=rng,
+        ids=RealIds(),
+        files=RealFiles(),
+        net=TcpNet(),
+        run_in_thread=_Workers().run,
+    )
