@@ -1,0 +1,571 @@
+"""cluster.toml as frozen values: what a person writes once, and every node reads its part of.
+
+Checked when read: unknown keys (with the nearest known one), types, ranges, and relations between settings. Every
+mistake is one `ConfigError` of one sentence. cattrs is imported only when a file is read; the nodes of `up` get the
+checked result as JSON (`to_plain`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from typing import Any, Literal
+
+import attrs
+from attrs import field, frozen
+
+GROUP_SIZES = (1, 3, 5)
+PORTS_PER_CLUSTER = 100
+SEGMENT_BYTES_MIN = 5 << 20
+"""Above the largest stored form of a message, 4 MiB + 64 KiB (design §2)."""
+SEGMENT_BYTES_MAX = 1 << 30
+HEARTBEATS_PER_ELECTION_TIMEOUT_MIN = 3
+DEFAULT_NAME = "built-in default"
+
+_NODE_ID = re.compile(r"n(0|[1-9][0-9]{0,2})")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,126}")
+_NAMESRV_PORTS = 10
+_PORTS_PER_GROUP = 10
+
+
+class ConfigError(Exception):
+    """What is wrong with a cluster.toml, in one sentence."""
+
+
+@frozen
+class Address:
+    """Where to listen or connect."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def at(self, port: int) -> Address:
+        return Address(self.host, port)
+
+
+def parse_address(text: str) -> Address:
+    """'127.0.0.1:9876' or '[::1]:9876'. Raises ValueError."""
+    host, colon, port = text.strip().rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or not port.isascii() or not port.isdigit():
+        raise ValueError(f'"{text}" is not an address such as "127.0.0.1:9876"')
+    if not 1 <= int(port) <= 65535:
+        raise ValueError(f"port {port} is not between 1 and 65535")
+    return Address(host, int(port))
+
+
+_DEFAULT_NAMESRV = Address("127.0.0.1", 9876)
+
+
+def _setting(default: Any, help_text: str, mirrors: str = "") -> Any:
+    return field(default=default, metadata={"help": help_text, "mirrors": mirrors})
+
+
+@frozen(kw_only=True)
+class ClusterSection:
+    """[cluster]: what all nodes share."""
+
+    name: str = _setting("DefaultCluster", "name of the cluster, as clients and mqadmin see it", "brokerClusterName")
+    data: str = _setting("./data", "folder of all nodes' data; relative to the file that says so", "storePathRootDir")
+    secret: str | None = _setting(None, "shared secret that peers prove to each other; needed off loopback")
+
+
+@frozen(kw_only=True)
+class NamesrvSection:
+    """[[namesrv]]: one name server."""
+
+    name: str = _setting("ns0", "name of the process")
+    listen: Address = _setting(_DEFAULT_NAMESRV, "address to listen on", "listenPort")  # noqa: RUF009
+    advertise: Address | None = _setting(None, "address for brokers and clients, where it differs")  # noqa: RUF009
+
+
+@frozen(kw_only=True)
+class NodeSection:
+    """[[group.node]]: one broker of a raft group."""
+
+    name: str = field(metadata={"help": "id inside the group: n0, n1, ...", "mirrors": "dLegerSelfId"})
+    listen: Address = field(metadata={"help": "address for clients", "mirrors": "listenPort"})
+    peer: Address = field(metadata={"help": "address for the other nodes of the group", "mirrors": "dLegerPeers"})
+    advertise: Address | None = _setting(  # noqa: RUF009
+        None, "address announced to clients, where it differs", "brokerIP1"
+    )
+    dial: Mapping[str, Address] = field(
+        factory=dict, metadata={"help": "other addresses to reach peers at, by node id", "mirrors": ""}
+    )
+
+    @property
+    def number(self) -> int:
+        """K of nK: the node registers as brokerId K + 1 while it follows."""
+        return int(self.name[1:])
+
+
+@frozen(kw_only=True)
+class GroupSection:
+    """[[group]]: one raft group, which is one broker name."""
+
+    name: str = _setting("broker-a", "name of the raft group", "brokerName")
+    flush: Literal["async", "sync"] = _setting(
+        "async", "an acknowledged message is on a quorum: in the page cache, or on stable storage", "flushDiskType"
+    )
+    segment_bytes: int = _setting(128 << 20, "size of one log file; fixed when formatted", "mappedFileSizeCommitLog")
+    heartbeat_ms: int = _setting(150, "a leader is heard at least this often", "heartBeatTimeIntervalMs")
+    election_timeout_ms_min: int = _setting(1000, "shortest silence before a follower stands", "minVoteIntervalMs")
+    election_timeout_ms_max: int = _setting(2000, "longest silence before a follower stands", "maxVoteIntervalMs")
+    auto_create_topic: bool = _setting(True, "a send to an unknown topic creates it", "autoCreateTopicEnable")
+    auto_create_group: bool = _setting(True, "a new consumer group is welcome", "autoCreateSubscriptionGroup")
+    drain_s: float = _setting(35.0, "after SIGTERM, how long to go on forwarding to the new leader")
+    nodes: tuple[NodeSection, ...] = field(factory=tuple, metadata={"help": "its brokers", "mirrors": ""})
+
+
+@frozen(kw_only=True)
+class Node:
+    """One process of the cluster."""
+
+    name: str
+    """Unique in the cluster: n0, b-n0, ns0."""
+    kind: Literal["broker", "namesrv"]
+    group: str | None
+    id: str
+    """Inside its raft group: n0."""
+    listen: Address
+    peer: Address | None = None
+
+
+@frozen(kw_only=True)
+class ClusterConfig:
+    """A whole cluster.toml, checked."""
+
+    cluster: ClusterSection = field(factory=ClusterSection)
+    namesrvs: tuple[NamesrvSection, ...]
+    groups: tuple[GroupSection, ...]
+    source: str = DEFAULT_NAME
+
+    def nodes(self) -> tuple[Node, ...]:
+        """Name servers first, then brokers, in the file's order."""
+        return tuple(self._nodes())
+
+    def _nodes(self) -> Iterator[Node]:
+        for namesrv in self.namesrvs:
+            yield Node(name=namesrv.name, kind="namesrv", group=None, id=namesrv.name, listen=namesrv.listen)
+        for number, group in enumerate(self.groups):
+            for node in group.nodes:
+                yield Node(
+                    name=node.name if number == 0 else f"{_short(group.name)}-{node.name}",
+                    kind="broker",
+                    group=group.name,
+                    id=node.name,
+                    listen=node.listen,
+                    peer=node.peer,
+                )
+
+    def find(self, name: str) -> Node:
+        """The node called `n1`, `b-n1`, `broker-b/n1` or `ns0`. Raises ConfigError, naming those there are."""
+        nodes = self.nodes()
+        for node in nodes:
+            if name == node.name or (node.group and name == f"{node.group}/{node.id}"):
+                return node
+        raise ConfigError(f'no node "{name}" in this cluster; there are {", ".join(node.name for node in nodes)}')
+
+    def group(self, name: str) -> GroupSection:
+        """Raises ConfigError, naming those there are."""
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise ConfigError(f'no raft group "{name}" in this cluster; there are {", ".join(g.name for g in self.groups)}')
+
+    def namesrv_addresses(self) -> tuple[str, ...]:
+        """For clients and brokers."""
+        return tuple(str(namesrv.advertise or namesrv.listen) for namesrv in self.namesrvs)
+
+
+def _short(group_name: str) -> str:
+    """'b' for 'broker-b': nodes of the second group are called b-n0."""
+    return group_name.removeprefix("broker-") or group_name
+
+
+# --- reading ---
+
+
+def default_text() -> str:
+    """The cluster.toml inside the wheel; from a checkout, the one at its root."""
+    packaged = resources.files("cluster").joinpath("default.toml")
+    if packaged.is_file():
+        return packaged.read_text(encoding="utf-8")
+    return resources.files("cluster").joinpath("../cluster.toml").read_text(encoding="utf-8")
+
+
+def parse(text: str, source: str) -> ClusterConfig:
+    """cluster.toml text to values. `source` is the file's name for messages. Raises ConfigError."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source}: not valid TOML: {_lower_first(str(error))}") from None
+    config = _structure(document, source)
+    check(config)
+    return config
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+_TOML_KEYS = {"namesrvs": "namesrv", "groups": "group", "nodes": "node"}
+"""Attribute -> key, where they differ: TOML's [[group]] reads better in the singular."""
+
+_SECTIONS: dict[str, type] = {
+    "": ClusterConfig,
+    "cluster": ClusterSection,
+    "namesrv": NamesrvSection,
+    "group": GroupSection,
+    "group.node": NodeSection,
+}
+
+
+def _toml_keys(kind: type) -> tuple[str, ...]:
+    return tuple(_TOML_KEYS.get(a.name, a.name) for a in attrs.fields(kind) if a.name != "source")
+
+
+def _structure(document: Mapping[str, Any], source: str) -> ClusterConfig:
+    import cattrs
+
+    try:
+        config: ClusterConfig = _converter().structure(document, ClusterConfig)
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    except cattrs.BaseValidationError as error:
+        steps, message = min(_leaves(error, ()), key=lambda leaf: leaf[2])[:2]
+        where = _where(document, steps)
+        raise ConfigError(f"{source}: {where + ': ' if where else ''}{message}") from None
+    return attrs.evolve(config, source=source)
+
+
+def _converter() -> Any:
+    import cattrs
+    from cattrs.gen import make_dict_structure_fn, override
+
+    def address(value: Any, _: Any) -> Address:
+        if not isinstance(value, str):
+            raise ValueError(f'{_show(value)} is not an address such as "127.0.0.1:9876"')
+        return parse_address(value)
+
+    def strict(expected: type, word: str) -> Any:
+        def convert(value: Any, _: Any) -> Any:
+            if isinstance(value, bool) is not (expected is bool) or not isinstance(value, expected):
+                raise ValueError(f"{_show(value)} is not {word}")
+            return value
+
+        return convert
+
+    def number(value: Any, _: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{_show(value)} is not a number")
+        return float(value)
+
+    def flush(value: Any, _: Any) -> Any:
+        if value not in ("async", "sync"):
+            raise ValueError(f'{_show(value)} is neither "async" nor "sync"')
+        return value
+
+    def section(kind: type, **overrides: Any) -> None:
+        renamed: dict[str, Any] = {
+            a.name: override(rename=_TOML_KEYS[a.name]) for a in attrs.fields(kind) if a.name in _TOML_KEYS
+        }
+        structure: Any = make_dict_structure_fn(kind, converter, **renamed, **overrides)
+
+        def hook(value: Any, target: Any) -> Any:
+            if not isinstance(value, dict):
+                raise ValueError(f"{_show(value)} is not a table of settings")
+            for a in attrs.fields(kind):
+                key = _TOML_KEYS.get(a.name)
+                if key and not isinstance(value.get(key, []), list):
+                    raise ValueError(f"write [[{key if kind is ClusterConfig else f'group.{key}'}]], once for each")
+            return structure(value, target)
+
+        converter.register_structure_hook(kind, hook)
+
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    converter.register_structure_hook(Address, address)
+    converter.register_structure_hook(str, strict(str, "a text in quotes"))
+    converter.register_structure_hook(int, strict(int, "a whole number"))
+    converter.register_structure_hook(bool, strict(bool, "true or false"))
+    converter.register_structure_hook(float, number)
+    for kind in _SECTIONS.values():
+        attrs.resolve_types(kind, globals())
+    section(ClusterSection)
+    section(NamesrvSection)
+    section(NodeSection)
+    section(GroupSection, flush=override(struct_hook=flush))
+    section(ClusterConfig, source=override(omit=True))
+    return converter
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, dict | list):
+        return "a table" if isinstance(value, dict) else "a list"
+    return str(value)
+
+
+def _leaves(error: Exception, steps: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], str, int]]:
+    """(path, message, rank) of each mistake. Unknown keys rank first: a misspelt key also shows as a missing one."""
+    import cattrs
+
+    if isinstance(error, cattrs.BaseValidationError):
+        for inner in error.exceptions:
+            further = steps
+            for note in getattr(inner, "__notes__", ()):
+                if isinstance(note, cattrs.AttributeValidationNote):
+                    further = (*steps, _TOML_KEYS.get(note.name, note.name))
+                elif isinstance(note, cattrs.IterableValidationNote):
+                    further = (*steps, note.index)
+            yield from _leaves(inner, further)
+    elif isinstance(error, cattrs.ForbiddenExtraKeysError):
+        yield steps, _unknown_key(sorted(error.extra_fields)[0], error.cl), 0
+    elif isinstance(error, KeyError):
+        yield steps[:-1], f'"{steps[-1]}" is missing', 2
+    else:
+        yield steps, str(error), 1
+
+
+def _unknown_key(key: str, kind: type | None) -> str:
+    known = _toml_keys(kind) if kind is not None else ()
+    for name, section in _SECTIONS.items():
+        if section is not kind and key in _toml_keys(section) and name:
+            return f'unknown key "{key}" here; it belongs in {f"[{name}]" if name == "cluster" else f"[[{name}]]"}'
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f'unknown key "{key}"; ' + (f'did you mean "{near[0]}"?' if near else f"known are {', '.join(known)}")
+
+
+def _where(document: Any, steps: tuple[str | int, ...]) -> str:
+    """'group "broker-a", node "n1", listen': by the names the person gave, else by position."""
+    words: list[str] = []
+    at = document
+    for step in steps:
+        try:
+            at = at[step]
+        except (KeyError, IndexError, TypeError):
+            at = None
+        if isinstance(step, int):
+            name = at.get("name") if isinstance(at, dict) else None
+            words[-1] += f' "{name}"' if isinstance(name, str) else f" number {step + 1}"
+        else:
+            words.append(step)
+    return ", ".join(words)
+
+
+# --- checking ---
+
+
+def check(config: ClusterConfig) -> None:
+    """Ranges and relations between settings. Raises ConfigError."""
+    for mistake in _mistakes(config):
+        raise ConfigError(f"{config.source}: {mistake}")
+
+
+def _mistakes(config: ClusterConfig) -> Iterator[str]:
+    if not _NAME.fullmatch(config.cluster.name):
+        yield f'cluster: name "{config.cluster.name}" {_NAME_RULE}'
+    if not config.cluster.data.strip():
+        yield "cluster: data is empty; name a folder"
+    if not config.namesrvs:
+        yield "no [[namesrv]]; a cluster needs one name server at least"
+    if not config.groups:
+        yield "no [[group]]; a cluster needs one raft group at least"
+    for namesrv in config.namesrvs:
+        if not _NAME.fullmatch(namesrv.name):
+            yield f'namesrv: name "{namesrv.name}" {_NAME_RULE}'
+    for group in config.groups:
+        yield from _group_mistakes(group)
+    yield from _duplicate_names(config)
+    yield from _duplicate_addresses(config)
+    if config.cluster.secret is None:
+        for group in config.groups:
+            for node in group.nodes:
+                if not _is_loopback(node.peer.host) and len(group.nodes) > 1:
+                    yield (
+                        f'group "{group.name}", node "{node.name}": peer {node.peer} is open to other machines; '
+                        'set "secret" in [cluster] to a text that only the nodes know'
+                    )
+
+
+_NAME_RULE = "may hold letters, digits, dot, dash and underscore, 127 at most"
+
+
+def _is_loopback(host: str) -> bool:
+    return host.startswith("127.") or host in ("::1", "localhost")
+
+
+def _group_mistakes(group: GroupSection) -> Iterator[str]:
+    where = f'group "{group.name}"'
+    if not _NAME.fullmatch(group.name):
+        yield f"{where}: name {_NAME_RULE}"
+    if len(group.nodes) not in GROUP_SIZES:
+        yield f"{where}: {len(group.nodes)} nodes; a raft group has 1, 3 or 5"
+    ids = [node.name for node in group.nodes]
+    for node in group.nodes:
+        if not _NODE_ID.fullmatch(node.name):
+            yield f'{where}: node name "{node.name}" is not n and a number, such as "n0"'
+        if ids.count(node.name) > 1:
+            yield f'{where}: two nodes are called "{node.name}"'
+        for peer in node.dial:
+            if peer not in ids:
+                yield f'{where}, node "{node.name}": dial names "{peer}", which is not a node of this group'
+    if not SEGMENT_BYTES_MIN <= group.segment_bytes <= SEGMENT_BYTES_MAX:
+        yield f"{where}: segment_bytes {group.segment_bytes} is not between {SEGMENT_BYTES_MIN} and {SEGMENT_BYTES_MAX}"
+    if group.segment_bytes % 4096:
+        yield f"{where}: segment_bytes {group.segment_bytes} is not a multiple of 4096"
+    if not 10 <= group.heartbeat_ms <= 60_000:
+        yield f"{where}: heartbeat_ms {group.heartbeat_ms} is not between 10 and 60000"
+    if group.election_timeout_ms_min > group.election_timeout_ms_max:
+        yield (
+            f"{where}: election_timeout_ms_min {group.election_timeout_ms_min} is above "
+            f"election_timeout_ms_max {group.election_timeout_ms_max}"
+        )
+    if group.election_timeout_ms_min < HEARTBEATS_PER_ELECTION_TIMEOUT_MIN * group.heartbeat_ms:
+        yield (
+            f"{where}: election_timeout_ms_min {group.election_timeout_ms_min} is below "
+            f"{HEARTBEATS_PER_ELECTION_TIMEOUT_MIN} x heartbeat_ms {group.heartbeat_ms}; "
+            "one late heartbeat would cost the leader its place"
+        )
+    if group.election_timeout_ms_max > 600_000:
+        yield f"{where}: election_timeout_ms_max {group.election_timeout_ms_max} is above 600000"
+    if not 0 <= group.drain_s <= 3600:
+        yield f"{where}: drain_s {group.drain_s:g} is not between 0 and 3600"
+
+
+def _duplicate_names(config: ClusterConfig) -> Iterator[str]:
+    groups = [group.name for group in config.groups]
+    for name in groups:
+        if groups.count(name) > 1:
+            yield f'two groups are called "{name}"'
+    names = [node.name for node in config.nodes()]
+    for name in names:
+        if names.count(name) > 1:
+            yield f'two nodes of the cluster are called "{name}"'
+        if name in ("leader", "follower", "any", "logs"):
+            yield f'"{name}" cannot be the name of a node'
+
+
+def _duplicate_addresses(config: ClusterConfig) -> Iterator[str]:
+    seen: dict[tuple[str, int], str] = {}
+    for node in config.nodes():
+        for what, address in (("listen", node.listen), ("peer", node.peer)):
+            if address is None:
+                continue
+            host = "127.0.0.1" if address.host == "localhost" else address.host
+            label = f"{node.name} ({what})"
+            other = seen.setdefault((host, address.port), label)
+            if other != label:
+                yield f"{address} is used twice, by {other} and {label}"
+
+
+# --- shaping by flags ---
+
+
+def with_groups(config: ClusterConfig, count: int) -> ClusterConfig:
+    """The first group `count` times, as broker-a, broker-b, ...; ports 100 apart. Raises ConfigError."""
+    if not 1 <= count <= 26:
+        raise ConfigError(f"--groups {count}: between 1 and 26")
+    if count <= len(config.groups):
+        return attrs.evolve(config, groups=config.groups[:count])
+    first = config.groups[0]
+    stem = first.name.removesuffix("-a")
+    groups = list(config.groups)
+    for number in range(len(groups), count):
+        nodes = tuple(
+            attrs.evolve(
+                node,
+                listen=_moved(node.listen, number * PORTS_PER_CLUSTER),
+                peer=_moved(node.peer, number * PORTS_PER_CLUSTER),
+                advertise=None if node.advertise is None else _moved(node.advertise, number * PORTS_PER_CLUSTER),
+                dial={},
+            )
+            for node in first.nodes
+        )
+        groups.append(attrs.evolve(first, name=f"{stem}-{chr(ord('a') + number)}", nodes=nodes))
+    config = attrs.evolve(config, groups=tuple(groups))
+    check(config)
+    return config
+
+
+def _moved(address: Address, ports: int) -> Address:
+    if address.port + ports > 65535:
+        raise ConfigError(f"--groups: port {address.port} + {ports} is above 65535; add --port-base")
+    return address.at(address.port + ports)
+
+
+def with_port_base(config: ClusterConfig, base: int) -> ClusterConfig:
+    """Every port of the cluster in base..base+99, hosts as they were. Raises ConfigError.
+
+    Name server i at base + i; node k of group g listens at base + 10 + 10 g + k and meets its peers 5 above.
+    """
+    if not 1024 <= base <= 65535 - PORTS_PER_CLUSTER + 1:
+        raise ConfigError(f"--port-base {base}: between 1024 and {65535 - PORTS_PER_CLUSTER + 1}")
+    groups_max = (PORTS_PER_CLUSTER - _NAMESRV_PORTS) // _PORTS_PER_GROUP
+    if len(config.groups) > groups_max or len(config.namesrvs) > _NAMESRV_PORTS:
+        raise ConfigError(f"--port-base: room for {_NAMESRV_PORTS} name servers and {groups_max} groups")
+    namesrvs = tuple(
+        attrs.evolve(namesrv, listen=namesrv.listen.at(base + i), advertise=None)
+        for i, namesrv in enumerate(config.namesrvs)
+    )
+    groups = []
+    for g, group in enumerate(config.groups):
+        first = base + _NAMESRV_PORTS + _PORTS_PER_GROUP * g
+        nodes = tuple(
+            attrs.evolve(
+                node,
+                listen=node.listen.at(first + k),
+                peer=node.peer.at(first + _PORTS_PER_GROUP // 2 + k),
+                advertise=None,
+                dial={},
+            )
+            for k, node in enumerate(group.nodes)
+        )
+        groups.append(attrs.evolve(group, nodes=nodes))
+    config = attrs.evolve(config, namesrvs=namesrvs, groups=tuple(groups))
+    check(config)
+    return config
+
+
+# --- plain form, for the state files of a data folder ---
+
+
+def to_plain(config: ClusterConfig) -> dict[str, Any]:
+    """As JSON holds it; `from_plain` is its inverse. Trusted: only what was checked is written."""
+
+    def plain(_: Any, __: Any, value: Any) -> Any:
+        return str(value) if isinstance(value, Address) else value
+
+    document: dict[str, Any] = attrs.asdict(config, value_serializer=plain)
+    return document
+
+
+def from_plain(document: Mapping[str, Any]) -> ClusterConfig:
+    """Without cattrs: nodes read it at start, where 0.15 s counts."""
+
+    def address(text: str | None) -> Address | None:
+        return None if text is None else parse_address(text)
+
+    def node(plain: Mapping[str, Any]) -> NodeSection:
+        changed = {"listen": parse_address(plain["listen"]), "peer": parse_address(plain["peer"])}
+        dial = {name: parse_address(text) for name, text in plain["dial"].items()}
+        return NodeSection(**{**plain, **changed, "advertise": address(plain["advertise"]), "dial": dial})
+
+    return ClusterConfig(
+        cluster=ClusterSection(**document["cluster"]),
+        namesrvs=tuple(
+            NamesrvSection(**{**n, "listen": parse_address(n["listen"]), "advertise": address(n["advertise"])})
+            for n in document["namesrvs"]
+        ),
+        groups=tuple(GroupSection(**{**g, "nodes": tuple(map(node, g["nodes"]))}) for g in document["groups"]),
+        source=document["source"],
+    )
