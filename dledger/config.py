@@ -1,0 +1,103 @@
+"""Settings of one raft group on one node."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Literal
+
+from attrs import field, frozen
+
+from dledger.core.config import RaftConfig
+from dledger.core.types import BODY_BYTES_MAX, HEADER_BYTES
+
+NODE_ID_BYTES_MAX = 16
+Address = tuple[str, int]
+
+
+@frozen(kw_only=True)
+class GroupConfig:
+    """All a node has to know to be a member of a raft group. Raises ValueError where the values cannot work.
+
+    `peers` names every member, this node included, with the address where it takes peer connections. `data_dir` belongs
+    to the group alone. Sizes in bytes, times in milliseconds.
+    """
+
+    cluster: str
+    group: str
+    node_id: str
+    peers: Mapping[str, Address]
+    data_dir: str
+    bind: Address | None = None
+    """Where to listen; `peers[node_id]` when None."""
+    flush: Literal["async", "sync"] = "async"
+    """What a quorum must have before an answer: "async" the page cache, "sync" stable storage."""
+    segment_bytes: int = 128 * 1024 * 1024
+    heartbeat_ms: int = 150
+    election_timeout_ms_min: int = 1000
+    election_timeout_ms_max: int = 2000
+    secret: bytes | None = field(default=None, repr=False)
+    """Shared by all members; when set, peers prove that they know it."""
+    format_if_empty: bool = False
+    """Format an empty data folder instead of refusing it."""
+    cluster_uuid: str | None = None
+    """Identity of the cluster; derived from name and peers when absent."""
+    flush_interval_ms: int = 500
+    """flush = "async": how often what was written is synced behind the answers."""
+    uncommitted_bytes_max: int = 64 * 1024 * 1024
+    waiting_records_max: int = 10_000
+    orphan_after_ms: int = 2500
+    """How long a proposal may wait for its quorum before its senders are told "outcome unknown"."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.node_id not in self.peers:
+            raise ValueError(f"node {self.node_id} is not among the peers of group {self.group}")
+        for name in self.peers:
+            if not 1 <= len(name.encode()) <= NODE_ID_BYTES_MAX:
+                raise ValueError(f"node id {name!r} must have 1 to {NODE_ID_BYTES_MAX} bytes")
+        if self.segment_bytes % 4096 or self.segment_bytes < 2 * (BODY_BYTES_MAX + HEADER_BYTES) // 3:
+            raise ValueError("segment_bytes must be a multiple of 4096 and at least 3 MiB")
+        if self.flush not in ("async", "sync"):
+            raise ValueError('flush must be "async" or "sync"')
+        self.raft_config()
+
+    @property
+    def entry_bytes_max(self) -> int:
+        """Largest body of an entry in this group."""
+        return min(BODY_BYTES_MAX, self.segment_bytes - HEADER_BYTES)
+
+    @property
+    def listen_address(self) -> Address:
+        return self.bind if self.bind is not None else self.peers[self.node_id]
+
+    @property
+    def effective_cluster_uuid(self) -> str:
+        """`cluster_uuid`, or a value every member derives alike, so that formatting a folder needs no exchange."""
+        if self.cluster_uuid is not None:
+            return self.cluster_uuid
+        members = ";".join(f"{name}={host}:{port}" for name, (host, port) in sorted(self.peers.items()))
+        return _uuid_of("cluster", self.cluster, members)
+
+    @property
+    def group_uuid(self) -> str:
+        """Identity of this raft group: terms are comparable within one only. 32 hex digits."""
+        return _uuid_of("group", self.effective_cluster_uuid, self.group)
+
+    def raft_config(self) -> RaftConfig:
+        return RaftConfig(
+            heartbeat=self.heartbeat_ms / 1000,
+            election_timeout_min=self.election_timeout_ms_min / 1000,
+            election_timeout_max=self.election_timeout_ms_max / 1000,
+            round_timeout=min(0.5, self.election_timeout_ms_min / 2000),
+            sync=self.flush == "sync",
+            segment_bytes=self.segment_bytes,
+        )
+
+
+def _uuid_of(*parts: str) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        encoded = part.encode()
+        digest.update(len(encoded).to_bytes(4, "big"))
+        digest.update(encoded)
+    return digest.hexdigest()[:32]

@@ -1,0 +1,100 @@
+"""What a raft group asks of the state machine above it (the broker), and what it tells about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from attrs import frozen
+
+from dledger.core.types import HEADER_BYTES, Entry, Role
+
+
+class EntryView:
+    """A DATA entry as the state machine sees it. Valid for ever; `body` keeps the frame alive while it is referenced."""
+
+    __slots__ = ("body", "count", "index", "position", "term")
+
+    def __init__(self, entry: Entry) -> None:
+        self.index = entry.index
+        self.term = entry.term
+        self.position = entry.position
+        """Byte of the log where the frame begins; `body[0]` has the physical offset `position + 64`."""
+        self.count = entry.count
+        self.body = memoryview(entry.frame)[HEADER_BYTES:]
+
+    @property
+    def body_position(self) -> int:
+        """Physical offset of `body[0]`."""
+        return self.position + HEADER_BYTES
+
+
+class StateMachine(Protocol):
+    """Implemented by the broker. Every call is synchronous, within a driver turn (`restore` excepted: before the first).
+
+    Only DATA entries are shown. For each of them, exactly one of `apply` or `discard` follows in a run, `orphan` possibly
+    before. An exception out of any of these ends the node: the tables could no longer be trusted.
+    """
+
+    def stage(self, entry: EntryView) -> Any:
+        """An entry has arrived at a follower, or is found at start: parse it once, move the pending tables on.
+
+        What is returned comes back in `apply` or `discard`. Entries the leader proposed itself were staged by
+        `set_open_staged` or `propose`.
+        """
+
+    def apply(self, index: int, term: int, staged: Any) -> None:
+        """Committed: pending becomes committed; dispatch, answer waiters. In index order."""
+
+    def discard(self, staged: Any) -> None:
+        """Cut or refused, for certain; newest first. Undo what is pending; waiters get 14."""
+
+    def orphan(self, staged: Any) -> None:
+        """Leadership lost, or no quorum for too long: waiters get 1 "outcome unknown". The entry stays staged."""
+
+    def role_changed(self, role: Role, term: int, leader_id: str | None, ready: bool) -> None:
+        """`ready` once this node leads and the no-op of its term is applied."""
+
+    def app_message(self, peer_id: str, payload: bytes) -> None:
+        """What a peer's `send_app` sent."""
+
+    def turn_done(self) -> None:
+        """End of a driver turn: flush connections."""
+
+    def restore(self, checkpoint: bytes | None) -> int:
+        """At start, before replay: load own tables. Returns the entry index they cover (0: none).
+
+        Called a second time, with None, when the log turns out to end before that index.
+        """
+
+
+@frozen(kw_only=True)
+class GroupStatistics:
+    """One consistent look at a group. Indexes are of entries, positions and lags in bytes of the log."""
+
+    node_id: str
+    role: Role
+    term: int
+    leader_id: str | None
+    ready: bool
+    recovering: bool
+    flush: str
+    first_index: int
+    last_index: int
+    written_index: int
+    durable_index: int
+    commit_index: int
+    applied_index: int
+    first_position: int
+    committed_position: int
+    end_position: int
+    acknowledged: Mapping[str, int]
+    """Per peer: the highest index it has acknowledged (as leader; empty otherwise)."""
+    lag_bytes: Mapping[str, int]
+    """Per peer: bytes of the log it has not acknowledged."""
+    connected: Mapping[str, bool]
+    waiting_records: int
+    disk_ok: bool
+    loop_saturation: float
+    """Share of the last second that this group's turns took of the loop."""
+    counters: Mapping[str, int]
