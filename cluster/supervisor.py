@@ -1,0 +1,432 @@
+"""The supervisor behind `quorate up`: one OS process per node, so that a real kill is a real kill (design §7).
+
+All nodes start at once. Each writes JSON lines to a pipe: first `ready`, then each change of its role; that is how `up`
+knows at once who leads and how long nobody did. What dies is started again after a second. An orderly stop asks brokers
+first, name servers last. Children die with the supervisor, however it ends.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import trio
+from attrs import define, field, frozen
+
+from cluster.config import Address, ClusterConfig, Node
+from cluster.layout import (
+    ClusterIdentity,
+    Layout,
+    RunningNode,
+    UpRefused,
+    UpState,
+    lock_data,
+    prepare,
+    write_identity,
+    write_up_state,
+)
+from runtime.children import Child, spawn
+from runtime.local_socket import serve_local, socket_path
+from runtime.model import Env
+from runtime.processes import describe_exit, listening_process, own_process_id
+
+RESTART_AFTER_S = 1.0
+RESTART_AFTER_FAILED_STARTS_S = 10.0
+FAILED_STARTS_MAX = 5
+"""So many starts in a row that never got ready, and the pauses become long."""
+READY_WITHIN_S = 30.0
+STOP_WITHIN_S = 8.0
+RESTART_DRAIN_S = 2.0
+EVENTS_KEPT = 200
+LOG_TAIL_LINES = 8
+LOG_TAIL_BYTES = 4096
+
+State = Literal["starting", "up", "down"]
+
+
+class StartFailed(Exception):
+    """A node did not come up: which, and the last words of its log."""
+
+
+@frozen(kw_only=True)
+class Event:
+    """Something an operator wants to see."""
+
+    at_ms: int
+    kind: str
+    """started, ready, killed, exited, restarting, leader, no_leader, all_ready, stopping, stopped."""
+    node: str | None
+    text: str
+
+
+@define
+class _Slot:
+    """One node: its process, and what it said last."""
+
+    node: Node
+    state: State = "down"
+    since_ms: int = 0
+    child: Child | None = None
+    was_ready: bool = False
+    failed_starts: int = 0
+    restarts: int = 0
+    stderr_bytes: int = 0
+    """Size of its stderr file when the present process started."""
+    is_restart_asked: bool = False
+    wake: trio.Event = field(factory=trio.Event)
+    """Set to end a pause early: somebody asked for a restart."""
+    ready: trio.Event = field(factory=trio.Event)
+    """Of the present process."""
+
+
+@define
+class _Leadership:
+    """Who leads one raft group, as its nodes reported it."""
+
+    node: str | None = None
+    term: int = 0
+    lost_at: float | None = None
+    """Monotonic; None before the first leader and while there is one."""
+    known: trio.Event = field(factory=trio.Event)
+
+
+class Supervisor:
+    """Runs one cluster in one data folder. `run` holds its life; `request_stop` ends it in order."""
+
+    def __init__(
+        self,
+        env: Env,
+        config: ClusterConfig,
+        layout: Layout,
+        *,
+        restarts_dead_nodes: bool = True,
+        ephemeral: bool = False,
+        on_event: Callable[[Event], None],
+        command: Sequence[str] = (sys.executable, "-P", "-m", "cli"),
+    ) -> None:
+        """`command` is what runs `quorate`; a test may put another program there."""
+        self.config = config
+        self.layout = layout
+        self.ready = trio.Event()
+        """A leader leads each raft group and every node is up."""
+        self.events: deque[Event] = deque(maxlen=EVENTS_KEPT)
+        self._env = env
+        self._restarts = restarts_dead_nodes
+        self._ephemeral = ephemeral
+        self._on_event = on_event
+        self._command = tuple(command)
+        self._slots = {node.name: _Slot(node) for node in config.nodes()}
+        self._leaderships = {group.name: _Leadership() for group in config.groups}
+        self._identity: ClusterIdentity | None = None
+        self._unformatted: frozenset[str] = frozenset()
+        self._control = ""
+        self._started_ms = 0
+        self._is_stopping = False
+        self._stop_asked = trio.Event()
+        self._now_asked = trio.Event()
+
+    # --- what others see ---
+
+    def state(self) -> UpState:
+        nodes = tuple(
+            RunningNode(
+                name=slot.node.name,
+                group=slot.node.group,
+                kind=slot.node.kind,
+                process=slot.child.id if slot.child is not None else None,
+                listen=str(slot.node.listen),
+                state=slot.state,
+                restarts=slot.restarts,
+                since_ms=slot.since_ms,
+            )
+            for slot in self._slots.values()
+        )
+        brokers_first = tuple(sorted(nodes, key=lambda node: node.kind != "broker"))
+        return UpState(
+            supervisor=own_process_id(),
+            namesrv=";".join(self.config.namesrv_addresses()),
+            control=self._control,
+            restarts_dead_nodes=self._restarts,
+            ephemeral=self._ephemeral,
+            started_ms=self._started_ms,
+            nodes=brokers_first,
+        )
+
+    def leader_of(self, group: str) -> str | None:
+        """Name of the node that leads a raft group, as last reported."""
+        return self._leaderships[group].node
+
+    def request_stop(self) -> None:
+        """Stop all in order; asked again: at once."""
+        if self._stop_asked.is_set():
+            self._now_asked.set()
+        self._stop_asked.set()
+
+    # --- life ---
+
+    async def run(self) -> None:
+        """Start all nodes, set `ready` once a leader leads each raft group, run until `request_stop`. Checkpoint.
+
+        Raises UpRefused before anything was started, StartFailed when a node ended before it was ready or the cluster
+        was not ready in time. Cancelling kills the nodes.
+        """
+        with lock_data(self._env, self.layout):
+            identity = self._identity = prepare(self._env, self.layout, self.config)
+            await self._refuse_taken_ports()
+            self._unformatted = frozenset(name for name, group in identity.groups.items() if not group.is_formatted)
+            self._control = socket_path(self.layout.data, "up.sock")
+            self._started_ms = self._env.clock.wall_ms()
+            try:
+                await self._run_nodes()
+            finally:
+                for slot in self._slots.values():
+                    if slot.child is not None:
+                        slot.child.send_signal(signal.SIGKILL)
+                if self._env.files.exists(self.layout.up_file):
+                    self._env.files.unlink(self.layout.up_file)
+
+    async def _run_nodes(self) -> None:
+        async with trio.open_nursery() as nursery:
+            for slot in self._slots.values():
+                nursery.start_soon(self._keep, slot)
+            await nursery.start(serve_local, self._control, self._answer)
+            with trio.CancelScope() as starting:
+                nursery.start_soon(self._cancel_when_stop_asked, starting)
+                await self._wait_ready()
+                self.ready.set()
+            await self._stop_asked.wait()
+            await self._stop_nodes()
+            nursery.cancel_scope.cancel()
+
+    async def _cancel_when_stop_asked(self, scope: trio.CancelScope) -> None:
+        await self._stop_asked.wait()
+        scope.cancel()
+
+    async def _wait_ready(self) -> None:
+        try:
+            with self._env.clock.fail_after(READY_WITHIN_S):
+                for slot in self._slots.values():
+                    await slot.ready.wait()
+                for leadership in self._leaderships.values():
+                    await leadership.known.wait()
+        except trio.TooSlowError:
+            raise StartFailed(self._what_is_missing()) from None
+        assert self._identity is not None
+        self._identity = self._identity.formatted()
+        self._unformatted = frozenset()
+        write_identity(self._env.files, self.layout, self._identity)
+        seconds = (self._env.clock.wall_ms() - self._started_ms) / 1000
+        self._tell("all_ready", None, f"ready in {seconds:.1f} s")
+
+    def _what_is_missing(self) -> str:
+        late = [slot.node.name for slot in self._slots.values() if not slot.ready.is_set()]
+        if late:
+            return f"{', '.join(late)} not ready within {READY_WITHIN_S:.0f} s\n{self._log_tail(late[0])}"
+        leaderless = [name for name, leadership in self._leaderships.items() if not leadership.known.is_set()]
+        return f"no leader of {', '.join(leaderless)} within {READY_WITHIN_S:.0f} s; logs are in {self.layout.logs}"
+
+    async def _refuse_taken_ports(self) -> None:
+        """Better one sentence now than four nodes that fail. A second's grace: a killed cluster may just be leaving."""
+        deadline = self._env.clock.monotonic() + 1.0
+        for node in self.config.nodes():
+            for address in (node.listen, node.peer):
+                while address is not None:
+                    try:
+                        listener = await self._env.net.listen(address.host, address.port)
+                    except OSError as error:
+                        if self._env.clock.monotonic() < deadline:
+                            await self._env.clock.sleep(0.05)
+                            continue
+                        raise UpRefused(_taken(node, address, error)) from None
+                    await listener.aclose()
+                    break
+
+    # --- one node ---
+
+    async def _keep(self, slot: _Slot) -> None:
+        """Start a node, and start it again for as long as that is wanted."""
+        while True:
+            code = await self._run_once(slot)
+            self._settle_leadership(slot)
+            if self._is_stopping:
+                return
+            if not self.ready.is_set() and not slot.was_ready:
+                raise StartFailed(
+                    f"{slot.node.name} ended with {describe_exit(code)}\n{self._log_tail(slot.node.name)}"
+                )
+            slot.failed_starts = 0 if slot.ready.is_set() else slot.failed_starts + 1
+            was_asked = slot.is_restart_asked
+            if was_asked:
+                self._tell("exited", slot.node.name, f"{slot.node.name} stopped for a restart")
+            elif code < 0:
+                self._tell("killed", slot.node.name, f"{slot.node.name} {describe_exit(code)}")
+            else:
+                self._tell("exited", slot.node.name, f"{slot.node.name} ended with {describe_exit(code)}")
+            slot.wake = trio.Event()
+            if not was_asked:
+                pause = RESTART_AFTER_S if slot.failed_starts < FAILED_STARTS_MAX else RESTART_AFTER_FAILED_STARTS_S
+                if self._restarts:
+                    with self._env.clock.move_on_after(pause):
+                        await slot.wake.wait()
+                else:
+                    await slot.wake.wait()
+            if self._is_stopping:
+                return
+            slot.is_restart_asked = False
+            slot.restarts += 1
+            self._tell("restarting", slot.node.name, f"{slot.node.name} starts again")
+
+    async def _run_once(self, slot: _Slot) -> int:
+        slot.ready = trio.Event()
+        stderr = self.layout.stderr(slot.node.name)
+        slot.stderr_bytes = len(self._env.files.read_bytes(stderr)) if self._env.files.exists(stderr) else 0
+        child = slot.child = spawn(self._arguments(slot.node), stderr_path=stderr, event_fd_option="--event-fd")
+        self._enter(slot, "starting")
+        self._tell("started", slot.node.name, f"{slot.node.name} started, pid {child.pid}")
+        async with child.events:
+            await self._listen(slot, child)
+        code = await child.wait()
+        slot.child = None
+        self._enter(slot, "down")
+        return code
+
+    def _arguments(self, node: Node) -> list[str]:
+        arguments = [
+            *self._command,
+            "serve",
+            node.name,
+            "--data",
+            self.layout.data,
+            "--managed",
+            str(own_process_id().pid),
+        ]
+        if node.group in self._unformatted:
+            arguments.append("--format")
+        return arguments
+
+    async def _listen(self, slot: _Slot, child: Child) -> None:
+        """Take its event lines until it ends."""
+        pending = b""
+        async for chunk in child.events:
+            *lines, pending = (pending + chunk).split(b"\n")
+            for line in lines:
+                self._take(slot, json.loads(line))
+
+    def _take(self, slot: _Slot, event: dict[str, Any]) -> None:
+        match event.get("event"):
+            case "ready":
+                slot.was_ready = True
+                slot.ready.set()
+                self._enter(slot, "up")
+                self._tell("ready", slot.node.name, f"{slot.node.name} ready on {slot.node.listen}")
+            case "role" if slot.node.group is not None:
+                self._take_role(slot.node.group, slot.node.name, event)
+
+    def _take_role(self, group: str, name: str, event: dict[str, Any]) -> None:
+        leadership = self._leaderships[group]
+        term = int(event["term"])
+        if event["role"] == "leader" and event["ready"]:
+            if term < leadership.term or (leadership.node, leadership.term) == (name, term):
+                return
+            text = f"{name} leader elected, term {term}"
+            if leadership.lost_at is not None:
+                text += f", {self._env.clock.monotonic() - leadership.lost_at:.1f} s without leader"
+            leadership.node, leadership.term, leadership.lost_at = name, term, None
+            leadership.known.set()
+            self._tell("leader", name, text)
+        elif leadership.node == name and event["role"] != "leader":
+            leadership.node, leadership.lost_at = None, self._env.clock.monotonic()
+            self._tell("no_leader", name, f"{name} gave up leadership of {group}, term {term}")
+
+    def _settle_leadership(self, slot: _Slot) -> None:
+        """A process that ended leads nobody."""
+        for leadership in self._leaderships.values():
+            if leadership.node == slot.node.name:
+                leadership.node, leadership.lost_at = None, self._env.clock.monotonic()
+
+    def _enter(self, slot: _Slot, state: State) -> None:
+        slot.state = state
+        slot.since_ms = self._env.clock.wall_ms()
+        write_up_state(self._env.files, self.layout, self.state())
+
+    # --- stopping ---
+
+    async def _stop_nodes(self) -> None:
+        self._is_stopping = True
+        self._tell("stopping", None, "stopping")
+        for slot in self._slots.values():
+            slot.wake.set()
+        for kind in ("broker", "namesrv"):  # a broker signs off at the name servers, so these go last
+            slots = [slot for slot in self._slots.values() if slot.node.kind == kind]
+            self._signal(slots, signal.SIGINT)
+            with self._env.clock.move_on_after(STOP_WITHIN_S):
+                await self._wait_ended(slots)
+            self._signal(slots, signal.SIGKILL)
+            with trio.CancelScope(shield=True):
+                await self._wait_ended(slots)
+        self._tell("stopped", None, "stopped")
+
+    def _signal(self, slots: Sequence[_Slot], number: int) -> None:
+        for slot in slots:
+            if slot.child is not None:
+                slot.child.send_signal(number)
+
+    async def _wait_ended(self, slots: Sequence[_Slot]) -> None:
+        while any(slot.child is not None for slot in slots):
+            if self._now_asked.is_set():
+                self._signal(slots, signal.SIGKILL)
+            await self._env.clock.sleep(0.01)
+
+    # --- words from the verbs ---
+
+    async def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """`quorate restart NODE`, and more words later. Answers when the node is ready again."""
+        if request.get("do") != "restart":
+            return {"error": f"unknown request {request.get('do')!r}"}
+        slot = self._slots.get(str(request.get("node")))
+        if slot is None:
+            return {"error": f"no node {request.get('node')!r}"}
+        before = slot.child.pid if slot.child is not None else None
+        slot.is_restart_asked = slot.child is not None
+        slot.failed_starts = 0
+        ended_ready = slot.ready
+        if slot.child is not None:
+            slot.child.send_signal(signal.SIGTERM)
+        slot.wake.set()
+        with self._env.clock.move_on_after(READY_WITHIN_S):
+            while slot.ready is ended_ready:
+                await self._env.clock.sleep(0.01)
+            await slot.ready.wait()
+            assert slot.child is not None
+            return {"node": slot.node.name, "pid": slot.child.pid, "pid_before": before}
+        return {
+            "error": f"{slot.node.name} not ready again within {READY_WITHIN_S:.0f} s\n{self._log_tail(slot.node.name)}"
+        }
+
+    # --- telling ---
+
+    def _tell(self, kind: str, node: str | None, text: str) -> None:
+        event = Event(at_ms=self._env.clock.wall_ms(), kind=kind, node=node, text=text)
+        self.events.append(event)
+        self._on_event(event)
+
+    def _log_tail(self, name: str) -> str:
+        """The last words of a node, indented: what its present process printed, else the end of its log."""
+        lines: list[str] = []
+        for path, start in ((self.layout.stderr(name), self._slots[name].stderr_bytes), (self.layout.log(name), 0)):
+            if not lines and self._env.files.exists(path):
+                text = self._env.files.read_bytes(path)[start:][-LOG_TAIL_BYTES:].decode(errors="replace")
+                lines = text.splitlines()[-LOG_TAIL_LINES:]
+        return "\n".join([*(f"  {line}" for line in lines), f"  its log: {self.layout.log(name)}"])
+
+
+def _taken(node: Node, address: Address, error: OSError) -> str:
+    holder = listening_process(address.port)
+    who = f" by process {holder.pid}" if holder is not None else ""
+    if "in use" in str(error):
+        return f"port {address.port} ({node.name}) is taken{who}; stop it, or move all ports with --port-base N"
+    return f"{node.name}: {error}; change its address in the configuration, or use --port-base N"
