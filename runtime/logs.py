@@ -134,6 +134,19 @@ def bind_context(**fields: Any) -> None:
     contextvars.bind_contextvars(**fields)
 
 
+def _import_structlog() -> Any:
+    """structlog without rich, which it would load for tracebacks: 3 instead of 8 MB and 0.07 instead of 0.28 s."""
+    if "rich" in sys.modules or "structlog" in sys.modules:
+        import structlog
+    else:
+        sys.modules["rich"] = None  # type: ignore[assignment]  # Python's way to say "not installed"
+        try:
+            import structlog
+        finally:
+            del sys.modules["rich"]
+    return structlog
+
+
 def configure_logging(
     path: str | None, *, json: bool, level: str = "info", max_bytes: int = ROTATE_BYTES, keep: int = ROTATE_KEEP
 ) -> None:
@@ -141,8 +154,7 @@ def configure_logging(
 
     `json` chooses JSON lines over lines for humans. May be called again. Raises OSError where the file cannot be had.
     """
-    import structlog
-
+    structlog = _import_structlog()
     threshold = _LEVELS[level]
     write = _write_stderr if path is None else RotatingFile(path, max_bytes=max_bytes, keep=keep).write_line
     renderer: Any
