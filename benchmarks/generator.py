@@ -8,11 +8,11 @@ A run prints one JSON object with the rate, the CPU of the servers whose pids it
     python -m benchmarks.generator pull    ...      32 messages to a request, over and over the topic
     python -m benchmarks.generator ceiling          sends against a responder that does nothing
 
-How it stays light: each connection owns a ring of complete frames of equal length. Sending is one ``send`` of a stretch of
-the ring; only eight digits of every UNIQ_KEY in it are patched, so that every message of a run has a key of its own. Answers
-are skipped by their length field, and one count over the bytes received tells whether each of them says code 0; only if not
-are they parsed. After each round over its sockets the loop rests for 200 us, so that answers gather; with 1,024 messages in
-flight that delays nobody, and it halves the generator's CPU.
+How it stays light: each connection owns a ring of complete frames of equal length. Sending is one ``send`` of a
+stretch of the ring; only eight digits of every UNIQ_KEY in it are patched, so that every message of a run has a key
+of its own. Answers are skipped by their length field, and one count over the bytes received tells whether each of
+them says code 0; only if not are they parsed. After each round over its sockets the loop rests for 200 us, so that
+answers gather; with 1,024 messages in flight that delays nobody, and it halves the generator's CPU.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Ring:
         self._lap = 0
 
     def take(self, wanted: int) -> tuple[int, int]:
-        """Patch up to ``wanted`` frames, fewer at the ring's end, with new keys and give the stretch of bytes they take."""
+        """Give up to ``wanted`` frames (fewer at the ring's end) new keys; returns the stretch of bytes they take."""
         first = self._next
         last = min(first + wanted, self.slots)
         lap = b"%08X" % self._lap

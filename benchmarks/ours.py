@@ -1,0 +1,110 @@
+"""This project's own cluster, started the way a user starts it: ``quorate up --detach --json``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import processes, wire
+from benchmarks.clusters import Cluster, Node
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+_UP_LIMIT_S = 60.0
+
+
+class QuorateFailed(Exception):
+    """A ``quorate`` command ended with an error."""
+
+
+class QuorateCluster(Cluster):
+    """One name server and one raft group of three brokers, asynchronous flush, everything else as shipped.
+
+    :param port_base: first of 100 free ports
+    :param data: folder to make the temporary data folder in
+    :param options: more words for ``quorate up``
+    """
+
+    title = "Quorate"
+    broker_name = "broker-a"
+    replicas = 3
+    log_copies = 3
+
+    def __init__(self, port_base: int | None = None, data: Path | None = None, options: Sequence[str] = ()) -> None:
+        self._base = port_base
+        self._parent = data
+        self._options = list(options)
+        self._folder: Path | None = None
+        self._namesrv = ""
+
+    @property
+    def namesrv(self) -> str:
+        return self._namesrv
+
+    @property
+    def nodes(self) -> list[Node]:
+        if self._folder is None:
+            return []
+        return [
+            Node(node["name"], node["kind"], node["pid"], node["listen"])
+            for node in self._run("ps", "--json")["nodes"]
+            if node["pid"] and processes.alive(node["pid"])
+        ]
+
+    def start(self) -> None:
+        """Start every process; ``up`` itself returns when the cluster serves.
+
+        :raises QuorateFailed: it does not come up
+        """
+        base = self._base if self._base is not None else processes.free_port_base(100)
+        self._folder = Path(tempfile.mkdtemp(prefix="quorate-bench-", dir=self._parent))
+        answer = self._run("up", "--detach", "--json", "--port-base", str(base), *self._options)
+        self._namesrv = answer["namesrv"]
+
+    def stop(self) -> None:
+        """End every process and remove the data. May be called twice."""
+        folder = self._folder
+        if folder is None:
+            return
+        pids: list[int] = []
+        with contextlib.suppress(QuorateFailed):
+            pids = [node.pid for node in self.nodes]
+            self._run("down", parse=False)
+        for pid in pids:
+            if not processes.wait_gone(pid, 5.0):
+                processes.signal_all([pid], signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
+        self._folder = None
+
+    def restart(self, name: str) -> None:
+        """Wait until the supervisor has restarted the broker, which it does by itself after a second.
+
+        :raises TimeoutError: it has not
+        """
+
+        def running() -> bool | None:
+            return True if any(node.name == name for node in self.brokers) else None
+
+        wire.wait_until(running, 20.0, f"the supervisor restarts {name}", pause=0.2)
+
+    def _run(self, verb: str, *words: str, parse: bool = True) -> dict[str, Any]:
+        command = [sys.executable, "-m", "cli", verb, *words, "--data", str(self._folder)]
+        try:
+            done = subprocess.run(
+                command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=_UP_LIMIT_S
+            )
+        except subprocess.TimeoutExpired as error:
+            raise QuorateFailed(f"quorate {verb} does not return within {_UP_LIMIT_S:.0f} s") from error
+        if done.returncode != 0:
+            raise QuorateFailed(f"quorate {verb} ended with {done.returncode}: {done.stderr[-800:]}")
+        if not parse:
+            return {}
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer
