@@ -1,0 +1,86 @@
+"""What must hold after every step of one node (raft.md 6.1, as far as one node can see it).
+
+Tests and the simulator call `Watch.check` after each step. What needs more than one node (election safety, log
+matching, leader completeness) is checked in `chaos.sim.properties`.
+"""
+
+from __future__ import annotations
+
+from dledger.core.raft import Raft
+from dledger.core.types import Role
+
+
+class InvariantBroken(AssertionError):
+    """A promise of the state machine does not hold. The message says which."""
+
+
+def _require(holds: bool, promise: str, raft: Raft) -> None:
+    if not holds:
+        raise InvariantBroken(
+            f"{promise}: {raft.node_id} {raft.role.name} term={raft.term} last={raft.last_index} "
+            f"written={raft.written_index} durable={raft.durable_index} commit={raft.commit_index}"
+        )
+
+
+class Watch:
+    """Remembers one running node between steps. A restarted node gets a new one."""
+
+    def __init__(self, raft: Raft) -> None:
+        self._raft = raft
+        self._term = raft.term
+        self._vote = raft.vote
+        self._commit = raft.commit_index
+        self._role = raft.role
+        self._last_index = raft.last_index
+        self._last_crc = raft.last_crc
+        self._marks: dict[str, int] = {}
+
+    def check(self) -> None:
+        """Raises InvariantBroken."""
+        raft = self._raft
+        if raft.failed is not None:
+            return
+        # 7: order of the marks.
+        _require(
+            raft.commit_index <= raft.written_index <= raft.last_index and raft.durable_index <= raft.written_index,
+            "commit <= written <= last and durable <= written",
+            raft,
+        )
+        # 6: never backwards.
+        _require(raft.term >= self._term, "the term never falls", raft)
+        _require(
+            raft.term > self._term or self._vote is None or raft.vote == self._vote,
+            "a vote never changes within a term (Raft 5.2)",
+            raft,
+        )
+        _require(raft.commit_index >= self._commit, "the commit index never falls", raft)
+        if raft.role is Role.LEADER:
+            self._check_leader(raft)
+        else:
+            _require(not raft.progress and not raft.is_transferring, "only a leader tracks peers", raft)
+            self._marks = {}
+        self._term, self._vote, self._commit, self._role = raft.term, raft.vote, raft.commit_index, raft.role
+        self._last_index, self._last_crc = raft.last_index, raft.last_crc
+
+    def _check_leader(self, raft: Raft) -> None:
+        _require(raft.leader == raft.node_id == raft.vote, "a leader follows and voted for itself", raft)
+        _require(raft.is_disk_ok, "a node with a bad disk does not lead", raft)
+        if self._role is Role.LEADER and self._term == raft.term:
+            # 2: leader append-only (Raft 5.3).
+            _require(raft.last_index >= self._last_index, "a leader never shortens its log", raft)
+            _require(
+                raft.last_index > self._last_index or raft.last_crc == self._last_crc,
+                "a leader never rewrites its log",
+                raft,
+            )
+        for peer, progress in raft.progress.items():
+            _require(
+                progress.durable <= progress.written <= raft.last_index,
+                f"{peer}: durable <= written <= the leader's last",
+                raft,
+            )
+            _require(1 <= progress.next_index <= raft.last_index + 1, f"{peer}: next index within the log", raft)
+            # 15: bounded windows. One message may pass the byte limit, for it holds at least one entry.
+            _require(
+                len(progress.inflight) <= raft.config.window_messages_max + 1, f"{peer}: window within its bound", raft
+            )

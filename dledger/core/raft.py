@@ -1,0 +1,991 @@
+"""One member of a raft group, as a synchronous state machine: `step(event) -> list of effects`.
+
+This file decides everything and does nothing. It has no clock (each event says what time it is), no chance of its own
+(a `random.Random` is handed in), no disk (a `LogView` is asked, effects are returned) and no network. Two rules follow
+for whoever drives it: perform the effects of a step, in order, before the next step; and step `TurnEnd` when there is
+nothing more to step. Whatever happens inside one step is atomic: no append can slip in between reading our last entry
+and granting a vote (sofa-jraft#882).
+
+Theory
+======
+
+*Terms and votes* (Raft 5.1, 5.2). Time is divided into terms; a term has at most one leader, because a node votes once
+per term and keeps (term, vote) on stable storage. The order of all handlers is the same: compare terms first, adopt a
+higher one, only then look at anything else. A voter that compared logs first would refuse for ever without learning
+the term, and the group would be stuck (dledger#85). Until `HardStateSaved` comes back, no message leaves: `_send`
+holds them (at most one per peer and kind), for each carries the new term.
+
+*Pre-vote* (dissertation 9.6). Before raising its term a node asks whether it would be elected. A voter says yes when
+the asker's log is at least as good as its own (5.4.1), the proposed term is not used up, and it has not heard a leader
+for the minimum election timeout. Hence a node that was cut off, or is cut off in part, comes back without disturbing a
+live leader (Howard 2020). A refusal names the voter's term and the asker adopts a higher one at once: otherwise two
+survivors, the one with the better log in the older term, would refuse each other for ever (etcd#8243). A voter that
+saw its leader's connection die (`PeerLost(hard)`) no longer hears that leader, so killing a leader costs milliseconds
+and not a timeout. The third node still answers "I have a leader" when only one link broke. After a failed election we
+go back to pre-vote.
+
+*Which log may win* (5.4.1). The last entry's term and index, taken from the stored entry and from nothing else
+(dledger#52).
+
+*Replication* (5.3). `Append` names the entry before its own by index, term and chain checksum. A follower accepts when
+it has that very entry. It skips what it already has, and cuts only at the first entry that truly differs: a late or
+doubled message can shorten nothing. Cutting at or below its commit index would break a promise made to a client: that
+is `Fatal`. So is an entry of equal index and term but another checksum, because that is damage and not a conflict. On
+a mismatch it answers with its last entry that could still agree (highest index at or below the leader's, term at or
+below the leader's); the leader does the same search on its side: one round for each term that differs. Heartbeats
+carry the predecessor too, so an idle group converges without new proposals (braft#292).
+
+*Verified*. A follower's log may be longer than what this term's leader has vouched for. Everything it reports or
+commits is bounded by `verified`, the highest entry known to match the leader of the term (rabbitmq/ra#508).
+
+*Pipelining*. Per peer: PROBE (one message at a time until the logs are known to agree), REPLICATE (send ahead,
+`next_index` moves back only on a rejection), SEGMENTS (the peer ends before our first entry). Window 64 messages or 8
+MiB. Heartbeats and commit news pass the window by. Replies carry term and sequence; those of another term, from before
+a rejection or from an old connection are dropped.
+
+*Written and durable*. A replica reports both marks. The quorum counts `durable` when the group syncs, else `written`;
+the leader's own mark counts like any other, when its own disk reports it and never at the append call (etcd#14370).
+
+*Commit* (5.4.2, figure 8). The leader commits an entry when a quorum has it and it is of its own term; older ones are
+committed along with it. It therefore begins its term with a no-op. A follower's commit index is the least of the
+leader's, `verified`, and its own written mark, so `Commit` never names bytes that are not there to read.
+
+*Check-quorum*. A leader that a quorum has not answered for the minimum election timeout steps down: it could not commit
+anyway, and its clients should look elsewhere.
+
+*Late ticks*. A node that was stopped or starved must listen before it acts: a timer found late by more than half an
+election timeout is set anew instead of firing.
+
+*Transfer* (dissertation 3.10). The leader stops taking proposals, waits until the target is level, and sends
+TimeoutNow with a ticket. The target runs a pre-vote with that ticket, which voters honour although they hear a leader;
+so a transfer to an unfit target leaves everybody in its role. After one election timeout the leader goes on leading.
+
+*Recovering*. With asynchronous flush a power loss can make a node forget what it acknowledged. Such a node is started
+as `recovering`: its votes count only if every member grants (see `Ballot`), until a leader whose commit index lies in
+its own term has confirmed our log up to that index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from random import Random
+from typing import assert_never
+
+from attrs import define
+
+from dledger.core import effects as fx
+from dledger.core.config import RaftConfig
+from dledger.core.effects import Effect
+from dledger.core.election import Ballot, is_up_to_date
+from dledger.core.errors import LocalError, RemoteError
+from dledger.core.events import (
+    DiskState,
+    Durable,
+    Event,
+    HardStateSaved,
+    PeerLost,
+    PeerUp,
+    Propose,
+    Receive,
+    Tick,
+    Transfer,
+    TurnEnd,
+    Written,
+)
+from dledger.core.log import LogView
+from dledger.core.messages import (
+    Append,
+    AppendReply,
+    Message,
+    PreVote,
+    PreVoteReply,
+    TimeoutNow,
+    Vote,
+    VoteReply,
+)
+from dledger.core.progress import Progress
+from dledger.core.quorum import quorum_mark
+from dledger.core.transitions import ROLE_TRANSITIONS, Cause, PeerCause, PeerState
+from dledger.core.types import Entry, EntryType, HardState, Role, next_position
+
+NEVER = float("-inf")
+UNKNOWN_POSITION = -1
+PROBE_BYTES_MAX = 64 * 1024
+"""A probe that may be in vain carries no more than this."""
+YIELD_SECONDS_MIN = 0.15
+YIELD_SECONDS_MAX = 0.30
+"""How long a node that would vote for another holds back its own campaign: a few rounds on any usable network."""
+SPLIT_VOTE_DELAY_MIN = 0.02
+SPLIT_VOTE_DELAY_MAX = 0.20
+
+
+class _Broken(Exception):
+    """Leaves a step after `Fatal`."""
+
+
+@define
+class _TransferInProgress:
+    target: str
+    ticket: int
+    deadline: float
+    is_sent: bool = False
+
+
+class Raft:
+    """A member of the group `voters`. Public attributes are for reading.
+
+    `rng` decides timeouts and nothing else. `hard_state` is the one last saved, `log` the log as recovered, all of it
+    on stable storage. `commit_index` may name an entry that is committed for sure. `recovering`: see the essay. Raises
+    LocalError when `node_id` is not a voter.
+    """
+
+    def __init__(
+        self,
+        node_id: str,
+        voters: Iterable[str],
+        config: RaftConfig,
+        rng: Random,
+        hard_state: HardState,
+        log: LogView,
+        now: float,
+        *,
+        commit_index: int = 0,
+        recovering: bool = False,
+    ) -> None:
+        self.node_id = node_id
+        self.voters: tuple[str, ...] = tuple(sorted(voters))
+        if node_id not in self.voters:
+            raise LocalError(f"{node_id} is not a member of its own group {', '.join(self.voters)}")
+        self.peers: tuple[str, ...] = tuple(voter for voter in self.voters if voter != node_id)
+        self.config = config
+        self.log = log
+        self._rng = rng
+
+        self.role = Role.FOLLOWER
+        # A stored entry proves that its term has begun, even if the crash came before the term was saved.
+        self.term = max(hard_state.term, log.last_term)
+        self.vote = hard_state.vote if hard_state.term == self.term else None
+        self.leader: str | None = None
+        self.recovering = recovering
+        self.failed: str | None = None
+        self.is_disk_ok = True
+
+        self.last_index = log.last_index
+        self.last_term = log.last_term
+        crc = log.head_crc_at(log.last_index)
+        self.last_crc = 0 if crc is None else crc
+        self.position_end = log.position_end
+        self.written_index = self.last_index
+        self.durable_index = self.last_index
+        self.commit_index = min(commit_index, self.last_index)
+
+        # Follower.
+        self.verified_index = 0
+        self._leader_commit = self.commit_index
+        self._heard_leader_at = NEVER
+        self._is_fresh = True
+        self._reached: set[str] = set()
+        self._down: set[str] = set()
+        self._reply_seq = 0
+        self._reply_ok = True
+        self._reply_hint = (0, 0)
+        self._reply_due = False
+        self._reply_marks = (0, 0)
+
+        # Pre-candidate, candidate.
+        self._ballot = Ballot(self.voters)
+        self._ticket = 0
+        self._saw_leader = False
+
+        # Leader.
+        self.progress: dict[str, Progress] = {}
+        self.noop_index = 0
+        self._heartbeat_due = now
+        self._quorum_since = now
+        self._transfer: _TransferInProgress | None = None
+
+        self._is_unsaved = False
+        self._is_save_wanted = False
+        self._held: dict[tuple[str, type], fx.Send] = {}
+        self._effects: list[Effect] = []
+        self._appended: Sequence[Entry] = ()
+        self._announced: tuple[Role, int, str | None] = (self.role, self.term, self.leader)
+        self._has_deferred = False
+        self._timeout = 0.0
+        self._election_deadline = now
+        self._arm_election_timer(now)
+        if not self.peers:
+            self._campaign_soon(now, config.fresh_start_jitter_max)
+
+    # What the driver asks
+
+    @property
+    def is_leader(self) -> bool:
+        return self.role is Role.LEADER
+
+    @property
+    def accepts_proposals(self) -> bool:
+        """Leader, and neither handing over nor on a bad disk. The no-op must come first."""
+        return self.role is Role.LEADER and self._transfer is None
+
+    @property
+    def is_transferring(self) -> bool:
+        return self._transfer is not None
+
+    @property
+    def deadline(self) -> float:
+        """When the next `Tick` is due, in the seconds of the events' `now`."""
+        if self.role is not Role.LEADER:
+            return self._election_deadline
+        if self._transfer is not None:
+            return min(self._heartbeat_due, self._transfer.deadline)
+        return self._heartbeat_due
+
+    def step(self, event: Event) -> list[Effect]:
+        """Take one event in; returns what is to be done about it, in order.
+
+        Raises RemoteError for a message no correct peer sends and LocalError for an impossible event of the driver's;
+        both leave the state as it was. After `Fatal` every step returns nothing.
+        """
+        if self.failed is not None:
+            return []
+        effects: list[Effect] = []
+        self._effects = effects
+        self._appended = ()
+        try:
+            match event:
+                case Receive():
+                    self._receive(event.now, event.peer, event.message)
+                case TurnEnd():
+                    self._end_turn(event.now)
+                case Propose():
+                    self._propose(event.entries)
+                case Written():
+                    self._note_mark(event.index, event.term, is_durable=False)
+                case Durable():
+                    self._note_mark(event.index, event.term, is_durable=True)
+                case Tick():
+                    self._tick(event.now)
+                case HardStateSaved():
+                    self._hard_state_saved(event)
+                case PeerLost():
+                    self._peer_lost(event.now, event.peer, event.hard)
+                case PeerUp():
+                    self._peer_up(event.now, event.peer)
+                case DiskState():
+                    self._disk_state(event.now, event.ok)
+                case Transfer():
+                    self._begin_transfer(event.now, event.target)
+                case _:
+                    assert_never(event)
+        except _Broken:
+            pass
+        if self._is_save_wanted:
+            self._is_save_wanted = False
+            effects.insert(0, fx.SaveHardState(self.term, self.vote))
+        return effects
+
+    # Small tools
+
+    def _break(self, reason: str) -> _Broken:
+        self.failed = reason
+        self._effects.append(fx.Fatal(reason))
+        return _Broken()
+
+    def _send(self, peer: str, message: Message) -> None:
+        """Nothing leaves while term or vote are not on stable storage: every message carries the term (raft.md 4.2)."""
+        if self._is_unsaved:
+            self._held[peer, type(message)] = fx.Send(peer, message)
+        else:
+            self._effects.append(fx.Send(peer, message))
+
+    def _save_hard_state(self) -> None:
+        """At the end of the step, once: adopting a term and voting in it are one write."""
+        self._is_unsaved = True
+        self._is_save_wanted = True
+
+    def _hard_state_saved(self, event: HardStateSaved) -> None:
+        if not self._is_unsaved or (event.term, event.vote) != (self.term, self.vote):
+            return
+        self._is_unsaved = False
+        self._effects.extend(self._held.values())
+        self._held.clear()
+        if self.role is Role.CANDIDATE:
+            # Our own vote counts like any other: once it is on stable storage.
+            self._ballot.record(self.node_id, granted=True, recovering=self.recovering)
+            self._judge_round(event.now)
+
+    def _announce(self, cause: Cause) -> None:
+        state = (self.role, self.term, self.leader)
+        if state != self._announced:
+            self._announced = state
+            self._effects.append(fx.RoleChanged(self.role, self.term, self.leader, cause.value))
+
+    def _arm_election_timer(self, now: float) -> None:
+        self._timeout = self._rng.uniform(self.config.election_timeout_min, self.config.election_timeout_max)
+        self._election_deadline = now + self._timeout
+        self._has_deferred = False
+
+    def _campaign_soon(self, now: float, jitter_max: float, jitter_min: float = 0.0) -> None:
+        self._election_deadline = now + self._rng.uniform(jitter_min, jitter_max)
+        self._has_deferred = False
+
+    def _hears_leader(self, now: float) -> bool:
+        timeout = self.config.election_timeout_min
+        if self.role is Role.LEADER:
+            return now - self._quorum_contact(now) < timeout
+        return self.leader is not None and now - self._heard_leader_at < timeout
+
+    def _term_at(self, index: int) -> int | None:
+        """Also during the step that appends: the view shows those entries only afterwards."""
+        if index == self.last_index:
+            return self.last_term
+        if index > self.last_index:
+            return None
+        appended = self._appended
+        if appended and index >= appended[0].index:
+            return appended[index - appended[0].index].term
+        return self.log.term_at(index)
+
+    def _last_not_above(self, index: int, term: int) -> tuple[int, int]:
+        """Our last entry at or below `index` whose term is at or below `term`: the hint of either side (raft.md 4.4).
+
+        Terms never fall along a log, so this is a binary search.
+        """
+        low = self.log.first_index - 1
+        high = min(index, self.last_index)
+        if high <= low:
+            high_term = self._term_at(max(high, low))
+            return max(high, 0), 0 if high_term is None else high_term
+        while low < high:
+            middle = (low + high + 1) // 2
+            middle_term = self._term_at(middle)
+            if middle_term is not None and middle_term <= term:
+                low = middle
+            else:
+                high = middle - 1
+        low_term = self._term_at(low)
+        return low, 0 if low_term is None else low_term
+
+    # Roles
+
+    def _enter_term(self, term: int, vote: str | None) -> None:
+        """What the leader of an older term vouched for, asked or was to be answered no longer counts."""
+        self.term = term
+        self.vote = vote
+        self._save_hard_state()
+        self._held.clear()
+        self.verified_index = 0
+        self._leader_commit = self.commit_index
+        self._reply_seq = 0
+        self._reply_due = False
+        self._reply_marks = (0, 0)
+
+    def _follow(self, now: float, cause: Cause, term: int, leader: str | None) -> None:
+        """Become, or stay, a follower of `term`; adopt and save it when it is higher than ours."""
+        was = self.role
+        self.role = ROLE_TRANSITIONS[was][cause]
+        if term > self.term:
+            self._enter_term(term, None)
+        self.leader = leader
+        if was is Role.LEADER:
+            self.progress = {}
+            self.noop_index = 0
+            if self._transfer is not None:
+                self._effects.append(fx.TransferEnded(self._transfer.target, True, cause.value))
+                self._transfer = None
+        if was is not Role.FOLLOWER or leader is not None:
+            self._arm_election_timer(now)
+        self._announce(cause)
+
+    def _campaign(self, now: float, cause: Cause, ticket: int) -> None:
+        """Begin a pre-vote round."""
+        if not self.is_disk_ok:
+            self._arm_election_timer(now)
+            return
+        self.role = ROLE_TRANSITIONS[self.role][cause]
+        self.leader = None
+        self._is_fresh = False
+        self._ticket = ticket
+        self._saw_leader = False
+        self._ballot = Ballot(self.voters)
+        self._ballot.record(self.node_id, granted=True, recovering=self.recovering)
+        self._election_deadline = now + self.config.round_timeout
+        self._announce(cause)
+        for peer in self.peers:
+            self._send(peer, PreVote(self.term + 1, self.last_index, self.last_term, ticket))
+        self._judge_round(now)
+
+    def _stand_for_election(self, now: float) -> None:
+        """Raise the term, vote for ourselves, ask for votes (Raft 5.2)."""
+        self.role = ROLE_TRANSITIONS[self.role][Cause.PRE_VOTES_WON]
+        self._enter_term(self.term + 1, self.node_id)
+        self._ballot = Ballot(self.voters)
+        self._election_deadline = now + self.config.round_timeout
+        self._announce(Cause.PRE_VOTES_WON)
+        for peer in self.peers:
+            self._send(peer, Vote(self.term, self.last_index, self.last_term, self._ticket))
+
+    def _lead(self, now: float) -> None:
+        self.role = ROLE_TRANSITIONS[self.role][Cause.VOTES_WON]
+        self.leader = self.node_id
+        # Whatever made us recover: a quorum without us, or everybody, has found our log the best.
+        if self.recovering:
+            self.recovering = False
+            self._effects.append(fx.Recovered(self.term))
+        self.noop_index = 0
+        self._quorum_since = now
+        self._heartbeat_due = now
+        self.progress = {
+            peer: Progress(peer, self.last_index + 1, now, is_connected=peer not in self._down) for peer in self.peers
+        }
+        self._announce(Cause.VOTES_WON)
+        self._effects.append(fx.NoopNeeded(self.term))
+
+    def _judge_round(self, now: float) -> None:
+        """After an answer, a lost peer or a saved vote: is the round decided?"""
+        if self._ballot.is_won:
+            if self.role is Role.PRE_CANDIDATE:
+                self._stand_for_election(now)
+            elif not self._is_unsaved:
+                self._lead(now)
+        elif self._ballot.is_lost(self._down) and not (self.role is Role.CANDIDATE and self._is_unsaved):
+            self._lose_round(now)
+
+    def _lose_round(self, now: float) -> None:
+        was_candidate = self.role is Role.CANDIDATE
+        self._follow(now, Cause.ROUND_LOST, self.term, None)
+        if was_candidate:
+            # A split vote: whoever wakes first wins the next round.
+            self._campaign_soon(now, SPLIT_VOTE_DELAY_MAX, SPLIT_VOTE_DELAY_MIN)
+        elif not self._saw_leader:
+            # Nobody to wait for, but a better log or a quorum that is out of reach; asking again disturbs nobody.
+            self._campaign_soon(now, self.config.election_timeout_min, self.config.round_timeout / 2)
+
+    def _tick(self, now: float) -> None:
+        if self.role is Role.LEADER:
+            self._leader_tick(now)
+            return
+        lateness = now - self._election_deadline
+        if lateness < 0:
+            return
+        if lateness > self.config.election_timeout_min / 2:
+            # We were stopped or starved: first listen (raft.md 4.3).
+            if self.role is Role.FOLLOWER:
+                self._arm_election_timer(now)
+            else:
+                self._follow(now, Cause.ROUND_LOST, self.term, None)
+        elif self.role is Role.FOLLOWER:
+            self._campaign(now, Cause.ELECTION_TIMEOUT, 0)
+        else:
+            self._lose_round(now)
+
+    def _leader_tick(self, now: float) -> None:
+        transfer = self._transfer
+        if transfer is not None and now >= transfer.deadline:
+            self._transfer = None
+            self._effects.append(fx.TransferEnded(transfer.target, False, "the target did not take over in time"))
+        if now < self._heartbeat_due:
+            return
+        if now - self._heartbeat_due > self.config.election_timeout_min / 2:
+            self._quorum_since = now
+        if self.peers and now - self._quorum_contact(now) > self.config.election_timeout_min:
+            self._follow(now, Cause.QUORUM_LOST, self.term, None)
+            return
+        self._heartbeat_due = now + self.config.heartbeat
+        recent = now - self.config.heartbeat / 2
+        for progress in self.progress.values():
+            if progress.last_sent_at <= recent:
+                self._send_append(now, progress, ())
+
+    def _quorum_contact(self, now: float) -> float:
+        """The last moment at which a quorum, we included, was known to follow us."""
+        contacts = [max(progress.last_reply_at, self._quorum_since) for progress in self.progress.values()]
+        contacts.append(now)
+        return quorum_mark(contacts)
+
+    # Connections and disk
+
+    def _peer_lost(self, now: float, peer: str, hard: bool) -> None:
+        if hard:
+            self._down.add(peer)
+        progress = self.progress.get(peer)
+        if progress is not None:
+            progress.is_connected = False
+            self._restart_peer(progress)
+        elif self.role is Role.FOLLOWER:
+            if hard and peer == self.leader:
+                self._heard_leader_at = NEVER
+                self._follow(now, Cause.LEADER_CLOSED, self.term, None)
+                self._campaign_soon(now, self.config.peer_lost_jitter_max)
+        elif hard:
+            self._judge_round(now)
+
+    def _peer_up(self, now: float, peer: str) -> None:
+        self._down.discard(peer)
+        progress = self.progress.get(peer)
+        if progress is not None:
+            progress.is_connected = True
+            self._restart_peer(progress)
+        elif self._is_fresh:
+            self._reached.add(peer)
+            if len(self._reached) == len(self.peers) and self.leader is None and self.role is Role.FOLLOWER:
+                self._is_fresh = False
+                self._campaign_soon(now, self.config.fresh_start_jitter_max)
+
+    def _restart_peer(self, progress: Progress) -> None:
+        """What was under way may be lost: find out again where we agree."""
+        progress.change(PeerCause.CONNECTION)
+        progress.next_index = progress.written + 1 if progress.written else self.last_index + 1
+
+    def _disk_state(self, now: float, ok: bool) -> None:
+        self.is_disk_ok = ok
+        if ok:
+            return
+        if self.role is Role.LEADER:
+            # Heartbeats come from the loop and writes from the disk: without this a dead disk keeps the throne
+            # (hashicorp/raft#503). Whoever is furthest gets the word to go on.
+            if self.progress and not self._is_unsaved:
+                successor = max(self.progress.values(), key=lambda progress: (progress.is_connected, progress.written))
+                self._send(successor.peer, TimeoutNow(self.term, self._rng.getrandbits(48) | 1))
+            self._follow(now, Cause.DISK_BAD, self.term, None)
+        elif self.role is not Role.FOLLOWER:
+            self._follow(now, Cause.DISK_BAD, self.term, None)
+
+    # Messages
+
+    def _receive(self, now: float, peer: str, message: Message) -> None:
+        if peer not in self.peers:
+            raise RemoteError(f"{peer} is not a member of this group")
+        if self._down:
+            self._down.discard(peer)
+        match message:
+            case AppendReply():
+                self._receive_append_reply(now, peer, message)
+            case Append():
+                self._receive_append(now, peer, message)
+            case PreVote():
+                self._receive_pre_vote(now, peer, message)
+            case PreVoteReply():
+                self._receive_pre_vote_reply(now, peer, message)
+            case Vote():
+                self._receive_vote(now, peer, message)
+            case VoteReply():
+                self._receive_vote_reply(now, peer, message)
+            case TimeoutNow():
+                self._receive_timeout_now(now, peer, message)
+            case _:
+                assert_never(message)
+
+    def _receive_pre_vote(self, now: float, peer: str, message: PreVote) -> None:
+        """Never changes term or vote (dissertation 9.6)."""
+        transfer = self._transfer
+        if self.role is Role.LEADER:
+            is_ordered = transfer is not None and transfer.ticket == message.ticket and transfer.target == peer
+        else:
+            is_ordered = message.ticket != 0
+        has_leader = not is_ordered and self._hears_leader(now)
+        # In a term that is already ours we may have voted, and then a grant would be a lie.
+        is_term_free = message.term > self.term or (message.term == self.term and self.vote in (None, peer))
+        granted = is_term_free and not has_leader and self._accepts_log(message)
+        self._send(peer, PreVoteReply(self.term, message.term, granted, has_leader, self.recovering))
+        if not granted:
+            return
+        if self.role is Role.PRE_CANDIDATE:
+            # Two at once would split the vote. The better log, else the smaller name, goes on.
+            ours = (self.last_term, self.last_index)
+            theirs = (message.last_term, message.last_index)
+            if not self._ticket and (theirs > ours or (theirs == ours and peer < self.node_id)):
+                self._follow(now, Cause.YIELDED, self.term, None)
+                self._campaign_soon(now, YIELD_SECONDS_MAX, YIELD_SECONDS_MIN)
+                self._has_deferred = True
+        elif self.role is Role.FOLLOWER and not self._has_deferred:
+            held_back = now + self._rng.uniform(YIELD_SECONDS_MIN, YIELD_SECONDS_MAX)
+            if self._election_deadline < held_back:
+                self._election_deadline = held_back
+                # Once per timer: an asker that never wins must not hold us back for ever.
+                self._has_deferred = True
+
+    def _accepts_log(self, message: PreVote | Vote) -> bool:
+        return is_up_to_date(message.last_term, message.last_index, self.last_term, self.last_index)
+
+    def _receive_pre_vote_reply(self, now: float, peer: str, message: PreVoteReply) -> None:
+        if message.term > self.term and not message.granted:
+            # Without this, the survivor with the better log in the older term never gets through (etcd#8243, #8501).
+            was_asking = self.role is Role.PRE_CANDIDATE
+            self._follow(now, Cause.HIGHER_TERM, message.term, None)
+            if was_asking and not message.has_leader:
+                self._campaign_soon(now, self.config.peer_lost_jitter_max)
+            return
+        if self.role is not Role.PRE_CANDIDATE or message.proposed != self.term + 1:
+            return
+        self._saw_leader = self._saw_leader or message.has_leader
+        self._ballot.record(peer, granted=message.granted, recovering=message.recovering)
+        self._judge_round(now)
+
+    def _receive_vote(self, now: float, peer: str, message: Vote) -> None:
+        """Raft 5.2, 5.4.1. The term first; "I hear a leader" is the pre-vote's question, a real vote always counts."""
+        if message.term > self.term:
+            self._follow(now, Cause.HIGHER_TERM, message.term, None)
+        granted = message.term == self.term and self.vote in (None, peer) and self._accepts_log(message)
+        if granted:
+            if self.vote is None:
+                self.vote = peer
+                self._save_hard_state()
+            self._arm_election_timer(now)
+        self._send(peer, VoteReply(self.term, granted, self.recovering))
+
+    def _receive_vote_reply(self, now: float, peer: str, message: VoteReply) -> None:
+        if message.term > self.term:
+            self._follow(now, Cause.HIGHER_TERM, message.term, None)
+        elif message.term == self.term and self.role is Role.CANDIDATE:
+            self._ballot.record(peer, granted=message.granted, recovering=message.recovering)
+            self._judge_round(now)
+
+    def _receive_timeout_now(self, now: float, peer: str, message: TimeoutNow) -> None:
+        if message.term == self.term and peer == self.leader and self.role is Role.FOLLOWER and not self.recovering:
+            self._campaign(now, Cause.TIMEOUT_NOW, message.ticket)
+
+    # Following
+
+    def _receive_append(self, now: float, peer: str, message: Append) -> None:
+        _check_shape(message, self.config.segment_bytes)
+        if message.term < self.term:
+            # The sender learns our term from this and steps down (dledger#85).
+            self._send(peer, AppendReply(self.term, message.seq, False, 0, 0))
+            return
+        if message.term > self.term:
+            self._follow(now, Cause.HIGHER_TERM, message.term, peer)
+        elif self.role is Role.LEADER or self.leader not in (None, peer):
+            raise self._break(f"{peer} and {self.leader} both lead term {self.term} (Raft 5.2)")
+        elif self.leader is None or self.role is not Role.FOLLOWER:
+            self._follow(now, Cause.LEADER_HEARD, self.term, peer)
+        self._heard_leader_at = now
+        self._election_deadline = now + self._timeout
+        self._is_fresh = False
+
+        self._reply_seq = message.seq
+        if not self._has_predecessor(message):
+            self._reply_ok = False
+            self._reply_hint = self._last_not_above(message.prev_index, message.prev_term)
+            self._reply_due = True
+            return
+        entries = message.entries
+        if entries:
+            self._take(entries)
+        self._reply_ok = True
+        verified = message.prev_index + len(entries)
+        if verified > self.verified_index:
+            self.verified_index = verified
+        if message.commit > self._leader_commit:
+            self._leader_commit = message.commit
+        self._advance_follower_commit()
+        # With entries still on their way to the disk the mark that reports them is the better answer.
+        mark = self.durable_index if self.config.sync else self.written_index
+        if not entries or mark >= verified:
+            self._reply_due = True
+
+    def _has_predecessor(self, message: Append) -> bool:
+        """Do we hold the very entry before the leader's? (Raft 5.3, consistency check)"""
+        index = message.prev_index
+        if index > self.last_index:
+            return False
+        if index < self.log.first_index - 1:
+            # Purged here, hence committed: no conflict and nothing to delete (openraft#511).
+            return True
+        term = self._term_at(index)
+        if term != message.prev_term:
+            if index <= self.commit_index:
+                raise self._break(f"committed entry {index} has term {term} here and {message.prev_term} at the leader")
+            return False
+        crc = self.last_crc if index == self.last_index else self.log.head_crc_at(index)
+        if crc != message.prev_crc:
+            raise self._break(f"entry {index} of term {term} differs from the leader's: one of the two is damaged")
+        return True
+
+    def _take(self, entries: Sequence[Entry]) -> None:
+        """Skip what we have, cut only at a true conflict, append the rest (Raft 5.3; never shorten for a late
+        message)."""
+        known = 0
+        if entries[0].index <= self.last_index:
+            for entry in entries:
+                index = entry.index
+                if index > self.last_index:
+                    break
+                term = self._term_at(index)
+                if term is None and index < self.log.first_index:
+                    known += 1
+                    continue
+                if term != entry.term:
+                    self._cut(index)
+                    break
+                crc = self.last_crc if index == self.last_index else self.log.head_crc_at(index)
+                if crc != entry.head_crc:
+                    raise self._break(
+                        f"entry {index} of term {term} differs from the leader's: one of the two is damaged"
+                    )
+                known += 1
+        if known < len(entries):
+            self._append(entries[known:] if known else entries)
+
+    def _cut(self, from_index: int) -> None:
+        if from_index <= self.commit_index:
+            raise self._break(f"asked to cut committed entry {from_index}; the commit index is {self.commit_index}")
+        keep = from_index - 1
+        term, crc = self.log.term_at(keep), self.log.head_crc_at(keep)
+        if term is None or crc is None:
+            raise self._break(f"asked to cut at {from_index}, before the first retained entry")
+        kept = self.log.entries(keep, 1) if keep >= self.log.first_index else ()
+        self._effects.append(fx.Cut(from_index))
+        self.last_index, self.last_term, self.last_crc = keep, term, crc
+        self.position_end = kept[0].end if kept else UNKNOWN_POSITION if keep else 0
+        self.written_index = min(self.written_index, keep)
+        self.durable_index = min(self.durable_index, keep)
+
+    def _append(self, entries: Sequence[Entry]) -> None:
+        first, last = entries[0], entries[-1]
+        if self.position_end != UNKNOWN_POSITION and first.position != next_position(
+            self.position_end, len(first.frame), self.config.segment_bytes
+        ):
+            raise self._break(
+                f"entry {first.index} claims position {first.position}; our log ends at {self.position_end}"
+            )
+        self._effects.append(fx.Append(entries))
+        self._appended = entries
+        self.last_index, self.last_term, self.last_crc = last.index, last.term, last.head_crc
+        self.position_end = last.end
+
+    def _advance_follower_commit(self) -> None:
+        commit = min(self._leader_commit, self.verified_index, self.written_index)
+        if commit > self.commit_index:
+            self.commit_index = commit
+            self._effects.append(fx.Commit(commit))
+        # Only a commit index in the leader's own term covers everything that was ever committed (Raft 5.4.2), so only
+        # that one shows what a power loss may have taken from us.
+        if (
+            self.recovering
+            and self.leader is not None
+            and self.commit_index >= self._leader_commit
+            and self.verified_index >= self.commit_index
+            and self._term_at(self.commit_index) == self.term
+        ):
+            self.recovering = False
+            self._effects.append(fx.Recovered(self.term))
+
+    def _end_follower_turn(self) -> None:
+        leader = self.leader
+        if leader is None or not self._reply_seq:
+            return
+        written = min(self.written_index, self.verified_index)
+        durable = min(self.durable_index, self.verified_index)
+        if not self._reply_due and (durable if self.config.sync else written) <= self._reply_marks[self.config.sync]:
+            return
+        self._reply_due = False
+        self._reply_marks = (written, durable)
+        hint_index, hint_term = (0, 0) if self._reply_ok else self._reply_hint
+        self._send(
+            leader, AppendReply(self.term, self._reply_seq, self._reply_ok, written, durable, hint_index, hint_term)
+        )
+
+    # Leading
+
+    def _propose(self, entries: Sequence[Entry]) -> None:
+        if not entries:
+            return
+        first = entries[0]
+        if not self.accepts_proposals:
+            reason = "leadership is being handed over" if self.is_transferring else "this node is not the leader"
+            self._effects.append(fx.Refused(entries, reason))
+            return
+        if entries[-1].term != self.term:
+            self._effects.append(fx.Refused(entries, f"term {entries[-1].term} is over"))
+            return
+        if not self.noop_index and first.type != EntryType.NOOP:
+            # Behind the no-op only: what is before it could not be committed by counting (Raft 5.4.2).
+            self._effects.append(fx.Refused(entries, "the no-op of this term must come first"))
+            return
+        if (first.index, first.prev_crc) != (self.last_index + 1, self.last_crc):
+            raise LocalError(
+                f"proposal at index {first.index} does not continue the log, which ends at {self.last_index}"
+            )
+        self._append(entries)
+        if not self.noop_index:
+            self.noop_index = first.index
+
+    def _note_mark(self, index: int, term: int, *, is_durable: bool) -> None:
+        if self._term_at(index) != term:
+            # The entry was cut after the write began (raft.md 4.4).
+            return
+        if index > self.written_index:
+            self.written_index = index
+        if is_durable and index > self.durable_index:
+            self.durable_index = index
+        if self.role is Role.LEADER:
+            self._advance_leader_commit()
+        else:
+            self._advance_follower_commit()
+
+    def _advance_leader_commit(self) -> None:
+        if self.config.sync:
+            marks = [progress.durable for progress in self.progress.values()]
+            marks.append(self.durable_index)
+        else:
+            marks = [progress.written for progress in self.progress.values()]
+            marks.append(self.written_index)
+        commit = min(quorum_mark(marks), self.written_index)
+        # Raft 5.4.2: only an entry of our own term is committed by counting; all of ours stand behind the no-op.
+        if commit > self.commit_index and 0 < self.noop_index <= commit:
+            self.commit_index = commit
+            self._effects.append(fx.Commit(commit))
+
+    def _receive_append_reply(self, now: float, peer: str, message: AppendReply) -> None:
+        if message.term > self.term:
+            self._follow(now, Cause.HIGHER_TERM, message.term, None)
+            return
+        if self.role is not Role.LEADER or message.term != self.term:
+            return
+        progress = self.progress[peer]
+        seq = message.seq
+        if seq > progress.seq or message.written > self.last_index or message.durable > message.written:
+            raise RemoteError(f"{peer} answers what was never sent: {message}")
+        if seq <= progress.stale_seq or seq < progress.reply_seq:
+            return
+        progress.reply_seq = seq
+        progress.last_reply_at = now
+        progress.note_answered(seq)
+        has_more = False
+        if message.written > progress.written:
+            progress.written = message.written
+            has_more = True
+        if message.durable > progress.durable:
+            progress.durable = message.durable
+            has_more = True
+        if message.ok:
+            if progress.state is not PeerState.REPLICATE and seq >= progress.probe_seq:
+                progress.change(PeerCause.MATCHED)
+        else:
+            self._step_back(progress, message)
+        if has_more:
+            self._advance_leader_commit()
+        transfer = self._transfer
+        if transfer is not None and transfer.target == peer:
+            self._pursue_transfer(transfer)
+
+    def _step_back(self, progress: Progress, message: AppendReply) -> None:
+        """A rejection: jump to the last entry that can agree, by the follower's hint and our own terms."""
+        agreed, _ = self._last_not_above(message.hint_index, message.hint_term)
+        # Within one connection a follower loses nothing it reported; behind a new one it may have, by a power loss.
+        progress.written = min(progress.written, message.hint_index)
+        progress.durable = min(progress.durable, message.hint_index)
+        progress.next_index = agreed + 1
+        first = self.log.first_index
+        if message.hint_index < first - 1 or progress.next_index < first:
+            progress.change(PeerCause.BELOW_FIRST)
+            progress.next_index = first
+        else:
+            progress.change(PeerCause.REJECTED)
+
+    def _send_append(self, now: float, progress: Progress, entries: Sequence[Entry]) -> None:
+        prev_index = progress.next_index - 1
+        if prev_index == self.last_index:
+            prev_term, prev_crc = self.last_term, self.last_crc
+        elif prev_index == progress.prev_index:
+            prev_term, prev_crc = progress.prev_term, progress.prev_crc
+        else:
+            term, crc = self.log.term_at(prev_index), self.log.head_crc_at(prev_index)
+            if term is None or crc is None:
+                # Trimmed since: start from what is left.
+                progress.change(PeerCause.BELOW_FIRST)
+                progress.next_index = self.log.first_index
+                prev_index = progress.next_index - 1
+                term, crc = self.log.term_at(prev_index), self.log.head_crc_at(prev_index)
+                entries = ()
+            prev_term, prev_crc = term or 0, crc or 0
+        progress.seq += 1
+        message = Append(self.term, prev_index, prev_term, prev_crc, self.commit_index, progress.seq, entries)
+        progress.last_sent_at = now
+        progress.commit_sent = self.commit_index
+        if entries:
+            last = entries[-1]
+            progress.note_sent(sum([len(entry.frame) for entry in entries]))
+            progress.next_index = last.index + 1
+            progress.prev_index, progress.prev_term, progress.prev_crc = last.index, last.term, last.head_crc
+        self._effects.append(fx.Send(progress.peer, message))
+
+    def _end_turn(self, now: float) -> None:
+        if self.role is not Role.LEADER:
+            self._end_follower_turn()
+            return
+        config = self.config
+        for progress in self.progress.values():
+            if progress.state is PeerState.REPLICATE:
+                while (
+                    progress.next_index <= self.last_index
+                    and len(progress.inflight) < config.window_messages_max
+                    and progress.inflight_bytes < config.window_bytes_max
+                ):
+                    entries = self.log.entries(progress.next_index, config.message_bytes_max)
+                    self._send_append(now, progress, entries)
+                    if not entries:
+                        break
+                if progress.commit_sent < self.commit_index:
+                    # Followers serve reads up to their commit index: news at once, window or not (raft.md 4.8).
+                    self._send_append(now, progress, ())
+            elif progress.state is PeerState.PROBE and not progress.is_probe_sent and progress.is_connected:
+                self._probe(now, progress)
+
+    def _probe(self, now: float, progress: Progress) -> None:
+        entries: Sequence[Entry] = ()
+        if progress.next_index <= self.last_index:
+            entries = self.log.entries(progress.next_index, PROBE_BYTES_MAX)
+            if entries and len(entries[0].frame) > PROBE_BYTES_MAX:
+                entries = ()
+        self._send_append(now, progress, entries)
+        progress.is_probe_sent = True
+        progress.probe_seq = progress.seq
+
+    # Handing over
+
+    def _begin_transfer(self, now: float, target: str | None) -> None:
+        refusal = None
+        if self.role is not Role.LEADER:
+            refusal = "this node is not the leader"
+        elif self._transfer is not None:
+            refusal = f"a transfer to {self._transfer.target} is under way"
+        elif target is not None and target not in self.progress:
+            refusal = f"{target} is not another member of this group"
+        elif not self.progress:
+            refusal = "there is no other member"
+        if refusal is not None:
+            self._effects.append(fx.TransferEnded(target, False, refusal))
+            return
+        if target is None:
+            best = max(self.progress.values(), key=lambda progress: (progress.is_connected, progress.written))
+            target = best.peer
+        deadline = now + self.config.election_timeout_min
+        self._transfer = _TransferInProgress(target, self._rng.getrandbits(48) | 1, deadline)
+        self._pursue_transfer(self._transfer)
+
+    def _pursue_transfer(self, transfer: _TransferInProgress) -> None:
+        """Once the target has everything, tell it to campaign; proposals have stopped, so it stays level."""
+        progress = self.progress[transfer.target]
+        if not transfer.is_sent and progress.state is PeerState.REPLICATE and progress.written == self.last_index:
+            transfer.is_sent = True
+            self._send(transfer.target, TimeoutNow(self.term, transfer.ticket))
+
+
+def _check_shape(message: Append, segment_bytes: int) -> None:
+    """Refuse an Append that contradicts itself, before it has touched anything. Raises RemoteError."""
+    index, term, crc = message.prev_index, message.prev_term, message.prev_crc
+    end = UNKNOWN_POSITION
+    for entry in message.entries:
+        index += 1
+        if entry.index != index or entry.term < term or entry.term > message.term or entry.prev_crc != crc:
+            raise RemoteError(f"entry {entry.index} of term {entry.term} does not follow {index - 1} of term {term}")
+        if len(entry.frame) > segment_bytes:
+            raise RemoteError(f"entry {entry.index} is larger than a segment")
+        if end != UNKNOWN_POSITION and entry.position != next_position(end, len(entry.frame), segment_bytes):
+            raise RemoteError(f"entry {entry.index} claims position {entry.position} behind {end}")
+        term, crc, end = entry.term, entry.head_crc, entry.end
+    if message.prev_term > message.term or message.seq < 1:
+        raise RemoteError(f"impossible append: {message.prev_term=} {message.term=} {message.seq=}")
