@@ -26,7 +26,11 @@ from runtime.processes import ProcessId, unwritable_reason
 STATE_FORMAT = 1
 
 
-class UpRefused(Exception):
+class ClusterError(Exception):
+    """Base of what keeps a cluster from running; the text is for people."""
+
+
+class UpRefused(ClusterError):
     """Why a cluster cannot be started (or found) in a folder, in one sentence with the next step."""
 
 

@@ -19,6 +19,7 @@ from attrs import define, field, frozen
 
 from cluster.config import Address, ClusterConfig, Node
 from cluster.layout import (
+    ClusterError,
     ClusterIdentity,
     Layout,
     RunningNode,
@@ -48,8 +49,12 @@ LOG_TAIL_BYTES = 4096
 State = Literal["starting", "up", "down"]
 
 
-class StartFailed(Exception):
-    """A node did not come up: which, and the last words of its log."""
+class StartFailed(ClusterError):
+    """A node ended before it was ready: which, and its last words."""
+
+
+class NotReadyInTime(ClusterError):
+    """Nodes run, but not all is as it should be."""
 
 
 @frozen(kw_only=True)
@@ -171,8 +176,8 @@ class Supervisor:
     async def run(self) -> None:
         """Start all nodes, set `ready` once a leader leads each raft group, run until `request_stop`. Checkpoint.
 
-        Raises UpRefused before anything was started, StartFailed when a node ended before it was ready or the cluster
-        was not ready in time. Cancelling kills the nodes.
+        Raises UpRefused before anything was started, StartFailed when a node ended before it was ready, NotReadyInTime.
+        Cancelling kills the nodes.
         """
         with lock_data(self._env, self.layout):
             identity = self._identity = prepare(self._env, self.layout, self.config)
@@ -214,7 +219,7 @@ class Supervisor:
                 for leadership in self._leaderships.values():
                     await leadership.known.wait()
         except trio.TooSlowError:
-            raise StartFailed(self._what_is_missing()) from None
+            raise NotReadyInTime(self._what_is_missing()) from None
         assert self._identity is not None
         self._identity = self._identity.formatted()
         self._unformatted = frozenset()

@@ -1,0 +1,280 @@
+"""`quorate serve NODE`: one node in the foreground. What runs on each host in production, and what `up` starts."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import TYPE_CHECKING, Protocol
+
+import click
+import trio
+from attrs import field, frozen
+
+from cli.exits import CLUSTER_ANSWERED_ERROR, USAGE, Failure
+from cli.target import config_option, data_option, load_config
+from cluster.config import Address, ClusterConfig, ConfigError, Node, with_groups, with_port_base
+from cluster.layout import Layout, UpRefused, read_identity
+from runtime.logs import configure_logging, get_logger
+from runtime.model import Env
+from runtime.processes import EventWriter, absolute_path, die_with_parent, exit_now, is_orphan
+from runtime.real import real_env
+
+if TYPE_CHECKING:
+    from broker.config import BrokerConfig
+
+LOOK_S = 0.05
+"""How often the role is looked at for the supervisor."""
+LOOK_WITHOUT_LEADER_S = 0.01
+MANAGED_DRAIN_S = 2.0
+
+
+@frozen
+class Role:
+    """What the supervisor is told."""
+
+    role: str
+    term: int
+    leader: str | None
+    is_ready: bool
+
+
+class Service(Protocol):
+    """A name server or a broker node."""
+
+    async def run(self, *, task_status: trio.TaskStatus[object] = trio.TASK_STATUS_IGNORED) -> None: ...
+
+    async def stop(self, drain_s: float) -> None:
+        """Hand leadership over, go on forwarding for so long, end `run`. Checkpoint."""
+
+    def role(self) -> Role | None:
+        """None where there is none."""
+
+
+@frozen(kw_only=True)
+class Assignment:
+    """Which node this process is, and all it needs to be it."""
+
+    config: ClusterConfig
+    node: Node
+    layout: Layout
+    is_format_allowed: bool
+    cluster_uuid: str | None = None
+    supervisor_pid: int | None = None
+    events: EventWriter | None = field(default=None)
+    drain_s: float | None = None
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  quorate serve ns0 --config cluster.toml
+  quorate serve n1 --config cluster.toml --data /var/lib/quorate --format    the first time
+  quorate serve n1 --config cluster.toml --data /var/lib/quorate
+"""
+)
+@click.argument("node")
+@config_option
+@data_option
+@click.option("--port-base", type=int, metavar="N", help="As for `up`.")
+@click.option("--groups", type=int, metavar="N", help="As for `up`.")
+@click.option("--format", "is_format_allowed", is_flag=True, help="Format an empty data folder. Once, on all nodes.")
+@click.option("--drain-s", type=click.FloatRange(0, 3600), help="Seconds to go on forwarding after SIGTERM.")
+@click.option("--managed", "supervisor_pid", type=int, hidden=True, help="Started by this supervisor.")
+@click.option("--event-fd", type=int, hidden=True, help="Write event lines there.")
+def serve(
+    node: str,
+    config_path: str | None,
+    data_path: str | None,
+    port_base: int | None,
+    groups: int | None,
+    is_format_allowed: bool,
+    drain_s: float | None,
+    supervisor_pid: int | None,
+    event_fd: int | None,
+) -> None:
+    """Run NODE of the cluster in the foreground.
+
+    SIGTERM hands leadership over, goes on forwarding for a while, then ends; a second SIGTERM ends at once. Ctrl-C ends in
+    order without forwarding. Each node has its own folder below the data folder.
+    """
+    if supervisor_pid is not None:
+        die_with_parent(supervisor_pid)
+    env = real_env()
+    cluster_uuid = None
+    try:
+        if supervisor_pid is not None and data_path is not None:
+            layout = Layout(data_path)
+            identity = read_identity(env.files, layout)
+            if identity is None:
+                raise Failure(f"no {layout.cluster_file}", USAGE)
+            config, cluster_uuid = identity.config, identity.uuid
+        else:
+            config = load_config(env.files, config_path)
+            config = with_groups(config, groups) if groups is not None else config
+            config = with_port_base(config, port_base) if port_base is not None else config
+            layout = Layout(absolute_path(data_path or config.cluster.data))
+        assignment = Assignment(
+            config=config,
+            node=config.find(node),
+            layout=layout,
+            is_format_allowed=is_format_allowed,
+            cluster_uuid=cluster_uuid,
+            supervisor_pid=supervisor_pid,
+            events=EventWriter.on(event_fd) if event_fd is not None else None,
+            drain_s=drain_s,
+        )
+    except (ConfigError, UpRefused) as error:
+        raise Failure(str(error), USAGE) from None
+    reason = _serve(env, assignment)
+    if reason is not None:
+        raise Failure(f"{node}: {reason}", CLUSTER_ANSWERED_ERROR)
+
+
+def _serve(env: Env, assignment: Assignment) -> str | None:
+    """Run until stopped; one sentence where the node could not start or go on."""
+    is_managed = assignment.supervisor_pid is not None
+    path = assignment.layout.log(assignment.node.name) if is_managed else None
+    try:
+        env.files.make_dirs(assignment.layout.node(assignment.node.name))
+        configure_logging(path, json=is_managed or not sys.stderr.isatty())
+    except OSError as error:
+        return f"cannot write to {assignment.layout.data} ({error.strerror}); choose another folder with --data DIR"
+    log = get_logger("serve", node=assignment.node.name)
+    try:
+        trio.run(_run, env, assignment)
+    except* _operating_errors() as group:
+        reason = _first_sentence(group)
+        log.error("node stopped", reason=reason)
+        return reason
+    log.info("node ended")
+    return None
+
+
+def _operating_errors() -> tuple[type[Exception], ...]:
+    """What is no mistake in the program: ports, folders, formats, damage."""
+    from dledger.errors import LedgerError
+
+    return (OSError, LedgerError, ConfigError)
+
+
+def _first_sentence(group: BaseExceptionGroup[BaseException]) -> str:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return str(error) or type(error).__name__
+
+
+async def _run(env: Env, assignment: Assignment) -> None:
+    service = _service(env, assignment)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(_obey_signals, service, assignment)
+        await nursery.start(_run_service, service, nursery.cancel_scope)
+        if assignment.events is not None:
+            assignment.events.write({"event": "ready"})
+        nursery.start_soon(_report_role, env, service, assignment)
+
+
+async def _run_service(
+    service: Service, scope: trio.CancelScope, task_status: trio.TaskStatus[object] = trio.TASK_STATUS_IGNORED
+) -> None:
+    await service.run(task_status=task_status)
+    scope.cancel()
+
+
+async def _obey_signals(
+    service: Service, assignment: Assignment, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """SIGTERM drains, SIGINT does not; any second signal ends the process on the spot."""
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        task_status.started()
+        async with trio.open_nursery() as nursery:
+            is_first = True
+            async for number in signals:
+                if not is_first:
+                    exit_now(CLUSTER_ANSWERED_ERROR)
+                is_first = False
+                nursery.start_soon(service.stop, _drain_s(assignment) if number == signal.SIGTERM else 0.0)
+
+
+def _drain_s(assignment: Assignment) -> float:
+    if assignment.drain_s is not None:
+        return assignment.drain_s
+    if assignment.supervisor_pid is not None or assignment.node.group is None:
+        return MANAGED_DRAIN_S
+    return assignment.config.group(assignment.node.group).drain_s
+
+
+async def _report_role(env: Env, service: Service, assignment: Assignment) -> None:
+    """Tell the supervisor of each change of role, and leave when it has gone (where the kernel does not see to that)."""
+    if assignment.events is None:
+        return
+    told: Role | None = None
+    while True:
+        role = service.role()
+        if role is not None and role != told:
+            told = role
+            assignment.events.write(
+                {"event": "role", "role": role.role, "term": role.term, "leader": role.leader, "ready": role.is_ready}
+            )
+        if assignment.supervisor_pid is not None and is_orphan(assignment.supervisor_pid):
+            exit_now(CLUSTER_ANSWERED_ERROR)
+        await env.clock.sleep(LOOK_WITHOUT_LEADER_S if role is not None and role.leader is None else LOOK_S)
+
+
+# --- from cluster.toml to what a node is told ---
+
+
+def _service(env: Env, assignment: Assignment) -> Service:
+    """Import only what this kind of node needs: a name server has no log."""
+    if assignment.node.kind == "namesrv":
+        return _NamesrvService(env, assignment)
+    return _BrokerService(env, assignment)
+
+
+def _pair(address: Address) -> tuple[str, int]:
+    return ("127.0.0.1" if address.host == "localhost" else address.host, address.port)
+
+
+def broker_config(assignment: Assignment) -> BrokerConfig:
+    """This node's part of the cluster's configuration. Raises ConfigError."""
+    from broker.config import BrokerConfig
+    from dledger.config import GroupConfig
+
+    config, node, layout = assignment.config, assignment.node, assignment.layout
+    assert node.group is not None
+    group = config.group(node.group)
+    member = next(member for member in group.nodes if member.name == node.id)
+    folder = layout.node(node.name)
+    secret = config.cluster.secret
+    try:
+        return BrokerConfig(
+            cluster=config.cluster.name,
+            broker_name=group.name,
+            node_id=node.id,
+            broker_id=member.number,
+            listen=_pair(member.listen),
+            advertised=_pair(member.advertise or member.listen),
+            namesrv=config.namesrv_addresses(),
+            group=GroupConfig(
+                cluster=config.cluster.name,
+                group=group.name,
+                node_id=node.id,
+                peers={peer.name: _pair(member.dial.get(peer.name, peer.peer)) for peer in group.nodes},
+                bind=_pair(member.peer),
+                data_dir=f"{folder}/raft",
+                flush=group.flush,
+                segment_bytes=group.segment_bytes,
+                heartbeat_ms=group.heartbeat_ms,
+                election_timeout_ms_min=group.election_timeout_ms_min,
+                election_timeout_ms_max=group.election_timeout_ms_max,
+                secret=secret.encode() if secret is not None else None,
+                format_if_empty=assignment.is_format_allowed,
+                cluster_uuid=assignment.cluster_uuid,
+            ),
+            data_dir=folder,
+            auto_create_topic=group.auto_create_topic,
+            auto_create_group=group.auto_create_group,
+            drain_s=_drain_s(assignment),
+        )
+    except ValueError as error:
+        raise ConfigError(f"{config.source}: group {group.name}: {error}") from None
