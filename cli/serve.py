@@ -94,8 +94,8 @@ def serve(
 ) -> None:
     """Run NODE of the cluster in the foreground.
 
-    SIGTERM hands leadership over, goes on forwarding for a while, then ends; a second SIGTERM ends at once. Ctrl-C ends in
-    order without forwarding. Each node has its own folder below the data folder.
+    SIGTERM hands leadership over, goes on forwarding for a while, then ends; a second SIGTERM ends at once. Ctrl-C ends
+    in order without forwarding. Each node has its own folder below the data folder.
     """
     if supervisor_pid is not None:
         die_with_parent(supervisor_pid)
@@ -205,7 +205,7 @@ def _drain_s(assignment: Assignment) -> float:
 
 
 async def _report_role(env: Env, service: Service, assignment: Assignment) -> None:
-    """Tell the supervisor of each change of role, and leave when it has gone (where the kernel does not see to that)."""
+    """Tell the supervisor of each change of role; leave when it has gone, where the kernel does not see to that."""
     if assignment.events is None:
         return
     told: Role | None = None

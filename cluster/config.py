@@ -387,6 +387,13 @@ def _mistakes(config: ClusterConfig) -> Iterator[str]:
         yield from _group_mistakes(group)
     yield from _duplicate_names(config)
     yield from _duplicate_addresses(config)
+    for group in config.groups:
+        for node in group.nodes:
+            if node.listen.host in ("0.0.0.0", "::") and node.advertise is None:
+                yield (
+                    f'group "{group.name}", node "{node.name}": listens on {node.listen}, all of its addresses; '
+                    'set "advertise" to the one that clients should use'
+                )
     if config.cluster.secret is None:
         for group in config.groups:
             for node in group.nodes:
@@ -543,6 +550,8 @@ def to_plain(config: ClusterConfig) -> dict[str, Any]:
     """As JSON holds it; `from_plain` is its inverse. Trusted: only what was checked is written."""
 
     def plain(_: Any, __: Any, value: Any) -> Any:
+        if isinstance(value, dict):  # `dial`
+            return {key: str(address) for key, address in value.items()}
         return str(value) if isinstance(value, Address) else value
 
     document: dict[str, Any] = attrs.asdict(config, value_serializer=plain)
