@@ -55,8 +55,8 @@ class GroupConfig:
         for name in self.peers:
             if not 1 <= len(name.encode()) <= NODE_ID_BYTES_MAX:
                 raise ValueError(f"node id {name!r} must have 1 to {NODE_ID_BYTES_MAX} bytes")
-        if self.segment_bytes % 4096 or self.segment_bytes < 2 * (BODY_BYTES_MAX + HEADER_BYTES) // 3:
-            raise ValueError("segment_bytes must be a multiple of 4096 and at least 3 MiB")
+        if self.segment_bytes % 4096 or self.segment_bytes < 65_536:
+            raise ValueError("segment_bytes must be a multiple of 4096 and at least 65536")
         if self.flush not in ("async", "sync"):
             raise ValueError('flush must be "async" or "sync"')
         self.raft_config()

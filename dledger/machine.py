@@ -11,7 +11,7 @@ from dledger.core.types import HEADER_BYTES, Entry, Role
 
 
 class EntryView:
-    """A DATA entry as the state machine sees it. Valid for ever; `body` keeps the frame alive while it is referenced."""
+    """A DATA entry as the state machine sees it. `body` keeps the whole frame alive while it is referenced."""
 
     __slots__ = ("body", "count", "index", "position", "term")
 
@@ -30,10 +30,11 @@ class EntryView:
 
 
 class StateMachine(Protocol):
-    """Implemented by the broker. Every call is synchronous, within a driver turn (`restore` excepted: before the first).
+    """Implemented by the broker. Every call is synchronous, within a driver turn (`restore`: before the first one).
 
-    Only DATA entries are shown. For each of them, exactly one of `apply` or `discard` follows in a run, `orphan` possibly
-    before. An exception out of any of these ends the node: the tables could no longer be trusted.
+    Only DATA entries are shown. For each of them exactly one of `apply` or `discard` follows, at most one `orphan`
+    before that; at the end of a run neither for what is still pending. An exception out of any of these ends the node:
+    the tables could no longer be trusted.
     """
 
     def stage(self, entry: EntryView) -> Any:

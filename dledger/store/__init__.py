@@ -1,1 +1,1 @@
-"""Part of Quorate; see docs/architecture.md."""
+"""A replicated log's bytes on disk: segments, side rows, term and vote, recovery."""

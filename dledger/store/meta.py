@@ -1,0 +1,181 @@
+"""Term, vote and marks of one node, in two alternating 64-byte slots (raft.md 4.2).
+
+Slot, little endian: magic u32 | crc u32 | version u8 | flags u8 | vote length u16 | sequence u64 | term u64 |
+durable index u64 | identity 8 bytes | boot 4 bytes | vote 16 bytes. The checksum covers everything behind it.
+
+The slots lie a page apart, so that no torn write can hit both. The readable one with the higher sequence counts. When
+neither is readable the node does not start: a forgotten vote can elect two leaders in one term.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from zlib import crc32
+
+import trio
+from attrs import evolve, frozen
+
+from dledger.errors import MetaDamaged, StoreFailed
+from dledger.store.format import META_FILE, Format
+from runtime.model import File, Files
+
+META_MAGIC = 0x51524D54
+META_VERSION = 1
+SLOT_BYTES = 64
+SLOT_DISTANCE = 4096
+FLAG_CLEAN = 1
+
+_SLOT = struct.Struct("<IIBBHQQQ8s4s16s")
+assert _SLOT.size == SLOT_BYTES
+
+
+@frozen(kw_only=True)
+class Meta:
+    """What one slot says."""
+
+    sequence: int = 0
+    term: int = 0
+    vote: str | None = None
+    durable_index: int = 0
+    """Every entry up to here has been on stable storage: evidence that it must never be cut as a torn tail."""
+    clean: bool = False
+    """Stopped in order, after a last sync of everything."""
+    boot: bytes = bytes(4)
+    """Short form of the machine's boot id when the slot was written."""
+
+
+def identity_of(identity: Format) -> bytes:
+    """Eight bytes that tell this node's slots from any other node's."""
+    text = "\0".join((identity.cluster_uuid, identity.group_uuid, identity.node_id))
+    return hashlib.sha256(text.encode()).digest()[:8]
+
+
+def boot_tag(boot_id: str) -> bytes:
+    return hashlib.sha256(boot_id.encode()).digest()[:4]
+
+
+def pack_slot(meta: Meta, identity: bytes) -> bytes:
+    vote = b"" if meta.vote is None else meta.vote.encode()
+    slot = _SLOT.pack(
+        META_MAGIC,
+        0,
+        META_VERSION,
+        FLAG_CLEAN if meta.clean else 0,
+        len(vote),
+        meta.sequence,
+        meta.term,
+        meta.durable_index,
+        identity,
+        meta.boot,
+        vote,
+    )
+    return slot[:4] + crc32(slot[8:]).to_bytes(4, "little") + slot[8:]
+
+
+def unpack_slot(slot: bytes) -> tuple[Meta, bytes, int] | None:
+    """(content, identity, version), or None for a slot that is torn, damaged or was never written."""
+    if len(slot) != SLOT_BYTES:
+        return None
+    magic, crc, version, flags, vote_len, sequence, term, durable, identity, boot, vote = _SLOT.unpack(slot)
+    if magic != META_MAGIC or crc != crc32(slot[8:]):
+        return None
+    return (
+        Meta(
+            sequence=sequence,
+            term=term,
+            vote=vote[:vote_len].decode() if vote_len else None,
+            durable_index=durable,
+            clean=bool(flags & FLAG_CLEAN),
+            boot=boot,
+        ),
+        identity,
+        version,
+    )
+
+
+def _slot_offset(sequence: int) -> int:
+    return (sequence % 2) * SLOT_DISTANCE
+
+
+def format_meta(files: Files, folder: str, identity: Format) -> None:
+    """Write both slots of a new node and sync them. Blocks; for start-up."""
+    file = files.open(f"{folder}/{META_FILE}", create=True)
+    try:
+        own = identity_of(identity)
+        file.allocate(2 * SLOT_DISTANCE)
+        for sequence in (0, 1):
+            file.pwrite(pack_slot(Meta(sequence=sequence, clean=True), own), _slot_offset(sequence))
+        file.sync_now()
+    finally:
+        file.close()
+
+
+class MetaFile:
+    """The slots of a running node. Saves are serialized; each one writes the older slot and syncs it."""
+
+    def __init__(self, file: File, identity: bytes, meta: Meta) -> None:
+        self._file = file
+        self._identity = identity
+        self._wanted = meta
+        self._saved = meta
+        self._lock = trio.Lock()
+
+    @classmethod
+    def open(cls, files: Files, folder: str, identity: Format) -> MetaFile:
+        """Read the slots. Raises MetaDamaged, in one sentence, where this node must not start on them."""
+        path = f"{folder}/{META_FILE}"
+        try:
+            file = files.open(path)
+        except FileNotFoundError:
+            raise MetaDamaged(f"{path} is missing: without term and vote this node must not start") from None
+        own = identity_of(identity)
+        found = []
+        for sequence in (0, 1):
+            slot = unpack_slot(file.pread(SLOT_BYTES, _slot_offset(sequence)))
+            if slot is None:
+                continue
+            if slot[2] > META_VERSION:
+                raise MetaDamaged(f"{path} has version {slot[2]}, newer than this program knows ({META_VERSION})")
+            if slot[1] != own:
+                raise MetaDamaged(f"{path} was written by another node; refusing to vote with its term")
+            found.append(slot[0])
+        if not found:
+            raise MetaDamaged(f"both slots of {path} are unreadable: without term and vote this node must not start")
+        return cls(file, own, max(found, key=lambda meta: meta.sequence))
+
+    @property
+    def saved(self) -> Meta:
+        """What is on stable storage."""
+        return self._saved
+
+    async def save_hard_state(self, term: int, vote: str | None) -> None:
+        """Returns when term and vote are on stable storage. Checkpoint. Raises StoreFailed (final)."""
+        self._wanted = evolve(self._wanted, term=term, vote=vote)
+        await self._save()
+
+    async def save_mark(self, durable_index: int, *, clean: bool = False) -> None:
+        """As `save_hard_state`, for the durable mark. A mark may go down, before a cut."""
+        self._wanted = evolve(self._wanted, durable_index=durable_index, clean=clean)
+        await self._save()
+
+    async def save_started(self, boot: bytes) -> None:
+        """This process writes to the log from now on: no clean stop any more. Checkpoint."""
+        self._wanted = evolve(self._wanted, clean=False, boot=boot)
+        await self._save()
+
+    async def _save(self) -> None:
+        async with self._lock:
+            latest = evolve(self._wanted, sequence=self._saved.sequence)
+            if latest == self._saved:
+                return  # whoever held the lock before us took our values along
+            latest = evolve(latest, sequence=latest.sequence + 1)
+            try:
+                self._file.pwrite(pack_slot(latest, self._identity), _slot_offset(latest.sequence))
+                await self._file.sync()
+            except OSError as error:
+                raise StoreFailed(f"writing term and vote to {self._file.path} failed: {error}") from error
+            self._saved = latest
+
+    def close(self) -> None:
+        self._file.close()

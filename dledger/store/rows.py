@@ -1,0 +1,75 @@
+"""Side rows: one 40-byte row per entry, so that an index leads to its bytes without a scan.
+
+Row, little endian: index u64 | term u64 | position u64 | frame length u32 | head_crc u32 | crc u32 | 4 zero bytes.
+One file per segment. A row is written only after its frame has been synced, so it also is evidence that the
+entry was once on stable storage and must not be cut as a torn tail (raft.md 4.6).
+"""
+
+from __future__ import annotations
+
+import struct
+from zlib import crc32
+
+import msgspec
+
+from dledger.core.types import Entry
+from runtime.model import File
+
+ROW_BYTES = 40
+
+_ROW = struct.Struct("<QQQIII4x")
+_COVERED = struct.Struct("<QQQII")
+assert _ROW.size == ROW_BYTES
+
+
+class Row(msgspec.Struct, frozen=True, gc=False):
+    """Where an entry lies, and its identity."""
+
+    index: int
+    term: int
+    position: int
+    length: int
+    head_crc: int
+
+    @property
+    def end(self) -> int:
+        return self.position + self.length
+
+
+def pack_row(index: int, term: int, position: int, length: int, head_crc: int) -> bytes:
+    covered = _COVERED.pack(index, term, position, length, head_crc)
+    return covered + crc32(covered).to_bytes(4, "little") + b"\0\0\0\0"
+
+
+def row_of(entry: Entry) -> bytes:
+    return pack_row(entry.index, entry.term, entry.position, len(entry.frame), entry.head_crc)
+
+
+def unpack_row(data: bytes, offset: int = 0) -> Row | None:
+    """None for a row that is damaged, zeroed or cut short."""
+    if len(data) - offset < ROW_BYTES:
+        return None
+    index, term, position, length, head_crc, crc = _ROW.unpack_from(data, offset)
+    if index == 0 or crc32(data[offset : offset + ROW_BYTES - 8]) != crc:
+        return None
+    return Row(index, term, position, length, head_crc)
+
+
+def read_row(file: File, number: int) -> Row | None:
+    """The row with that number in a file, counted from 0."""
+    return unpack_row(file.pread(ROW_BYTES, number * ROW_BYTES))
+
+
+def last_row(file: File) -> Row | None:
+    """The last readable row of a file, whatever lies behind or before it."""
+    chunk_rows = 1024
+    count = file.size() // ROW_BYTES
+    while count > 0:
+        first = max(0, count - chunk_rows)
+        data = file.pread((count - first) * ROW_BYTES, first * ROW_BYTES)
+        for number in range(len(data) // ROW_BYTES - 1, -1, -1):
+            row = unpack_row(data, number * ROW_BYTES)
+            if row is not None:
+                return row
+        count = first
+    return None
