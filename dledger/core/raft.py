@@ -68,8 +68,7 @@ its own term has confirmed our log up to that index.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from random import Random
-from typing import assert_never
+from typing import TYPE_CHECKING, assert_never
 
 from attrs import define
 
@@ -107,6 +106,9 @@ from dledger.core.progress import Progress
 from dledger.core.quorum import quorum_mark
 from dledger.core.transitions import ROLE_TRANSITIONS, Cause, PeerCause, PeerState
 from dledger.core.types import Entry, EntryType, HardState, Role, next_position
+
+if TYPE_CHECKING:
+    from random import Random
 
 NEVER = float("-inf")
 UNKNOWN_POSITION = -1
