@@ -188,9 +188,6 @@ class Supervisor:
             try:
                 await self._run_nodes()
             finally:
-                for slot in self._slots.values():
-                    if slot.child is not None:
-                        slot.child.send_signal(signal.SIGKILL)
                 if self._env.files.exists(self.layout.up_file):
                     self._env.files.unlink(self.layout.up_file)
 
@@ -292,9 +289,15 @@ class Supervisor:
         child = slot.child = spawn(self._arguments(slot.node), stderr_path=stderr, event_fd_option="--event-fd")
         self._enter(slot, "starting")
         self._tell("started", slot.node.name, f"{slot.node.name} started, pid {child.pid}")
-        async with child.events:
-            await self._listen(slot, child)
-        code = await child.wait()
+        try:
+            async with child.events:
+                await self._listen(slot, child)
+            code = await child.wait()
+        except BaseException:
+            child.send_signal(signal.SIGKILL)
+            with trio.CancelScope(shield=True):  # ends within milliseconds, and no zombie is left
+                await child.wait()
+            raise
         slot.child = None
         self._enter(slot, "down")
         return code

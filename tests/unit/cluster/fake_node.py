@@ -1,0 +1,45 @@
+"""Stands in for `quorate serve`: says what a node says, and does what a file in the data folder tells it.
+
+DATA/leader holds "n1 2": that node leads in that term. DATA/n1.exit holds words and an exit code to end with at once.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    name, data = arguments[1], Path(arguments[3])
+    events = int(arguments[arguments.index("--event-fd") + 1])
+
+    def say(**event: object) -> None:
+        os.write(events, json.dumps(event).encode() + b"\n")
+
+    with (data / f"{name}.starts").open("a") as starts:
+        starts.write(" ".join(arguments) + "\n")
+    order = data / f"{name}.exit"
+    if order.exists():
+        words, code = order.read_text().rsplit(" ", 1)
+        sys.stderr.write(words + "\n")
+        sys.exit(int(code))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
+    (data / name / "log").touch()
+    say(event="ready")
+    told = ""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        leader = (data / "leader").read_text()
+        if leader != told and not name.startswith("ns"):
+            told = leader
+            who, term = leader.split()
+            role = "leader" if who == name else "follower"
+            say(event="role", role=role, term=int(term), leader=who, ready=who == name)
+        time.sleep(0.005)
+
+
+main()
