@@ -1,0 +1,316 @@
+"""Key index: which messages have a key, in an own layout.
+
+Keys are crc32 of `topic#key`, for UNIQ_KEY and each word of KEYS. Rows gather in three arrays when entries are applied;
+65,536 of them are sealed, sorted by hash off the loop and kept as one file, which lookups search from the newest on. A
+hash may collide: clients compare the keys again, as with RocketMQ's own index.
+
+A segment file, little endian: header of 64 bytes (magic, version, count, crc32 of the columns, first and last second,
+first and last position), then the columns: hashes u32 (sorted), positions u64, seconds u32. Rows of one hash are in log
+order.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+import zlib
+from array import array
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+from attrs import frozen
+
+from broker.tables import InvariantBroken
+from runtime.model import Files
+
+MAX_LOOKUP: Final = 64
+SEALED_IN_MEMORY_LIMIT: Final = 64
+"""Segments waiting for the thread; past this the loop sorts itself, so memory stays bounded."""
+_MAGIC: Final = 0x51494458
+_VERSION: Final = 1
+_HEADER = struct.Struct("<IIIIQQQQ16x")
+_SORT_SLICE: Final = 8_192
+
+
+def topic_seed(topic: bytes) -> int:
+    """crc32 of `topic#`; crc32(key, seed) is then the index key. Kept per topic by the hot paths."""
+    return zlib.crc32(topic + b"#")
+
+
+def index_key(topic: bytes, key: bytes) -> int:
+    return zlib.crc32(key, topic_seed(topic))
+
+
+@frozen
+class _Segment:
+    """A sealed segment in its file."""
+
+    path: str
+    count: int
+    first_second: int
+    last_second: int
+    first_position: int
+    last_position: int
+
+
+class _Rows:
+    """Unsorted rows in memory: the active segment, and sealed ones not yet in a file."""
+
+    __slots__ = ("hashes", "positions", "seconds")
+
+    def __init__(self) -> None:
+        self.hashes = array("I")
+        self.positions = array("Q")
+        self.seconds = array("I")
+
+    def find(self, hash_: int, begin_s: int, end_s: int, limit: int) -> list[int]:
+        """Positions, newest first."""
+        found: list[int] = []
+        hashes = self.hashes
+        at = 0
+        try:
+            while True:
+                at = hashes.index(hash_, at)
+                if begin_s <= self.seconds[at] <= end_s:
+                    found.append(self.positions[at])
+                at += 1
+        except ValueError:
+            pass
+        return found[: -limit - 1 : -1]
+
+
+def sort_rows(hashes: array[int], positions: array[int], seconds: array[int]) -> bytes:
+    """The file of a segment. Pure computation; sorts in slices, so that a thread running it never keeps others long."""
+    count = len(hashes)
+    keys: list[float] = []
+    for start in range(0, count, _SORT_SLICE):
+        # hash * 2^16 + row is exact in a float, and floats sort faster than wide integers.
+        part = [hashes[row] * 65536.0 + row for row in range(start, min(start + _SORT_SLICE, count))]
+        part.sort()
+        keys += part
+    keys.sort()
+    order = [int(key) & 0xFFFF for key in keys]
+    columns = b"".join(
+        (
+            array("I", [hashes[row] for row in order]).tobytes(),
+            array("Q", [positions[row] for row in order]).tobytes(),
+            array("I", [seconds[row] for row in order]).tobytes(),
+        )
+    )
+    head = _HEADER.pack(
+        _MAGIC, _VERSION, count, zlib.crc32(columns), min(seconds), max(seconds), min(positions), max(positions)
+    )
+    return head + columns
+
+
+class KeyIndex:
+    """`segment_keys` rows make a segment (at most 65,536). `data_dir` is the node's folder."""
+
+    def __init__(self, files: Files, data_dir: str, *, segment_keys: int = 65_536) -> None:
+        if sys.byteorder != "little" or array("I").itemsize != 4:
+            raise InvariantBroken("the key index is laid out for little-endian machines")
+        self._files = files
+        self.folder = f"{data_dir}/index"
+        self._segment_keys = min(segment_keys, 65_536)
+        self._active = _Rows()
+        self._sealed: deque[_Rows] = deque()
+        self._segments: list[_Segment] = []
+        self._unsynced: list[str] = []
+        self.last_store_timestamp = 0
+        self.last_physical_offset = 0
+
+    # ------------------------------------------------------------------------------------------------------ writing
+
+    def extend(self, hashes: list[int], positions: list[int], store_ms: int) -> None:
+        """Rows of one committed entry; `store_ms` is the store time of its last record."""
+        active = self._active
+        active.hashes.extend(hashes)
+        active.positions.extend(positions)
+        active.seconds.extend([store_ms // 1000] * len(hashes))
+        self.last_store_timestamp = store_ms
+        self.last_physical_offset = positions[-1]
+        if len(active.hashes) >= self._segment_keys:
+            self._seal()
+
+    def _seal(self) -> None:
+        rows = self._active
+        if len(rows.hashes) <= 65_536:
+            self._sealed.append(rows)
+            self._active = _Rows()
+        else:
+            head, rest = _Rows(), _Rows()
+            head.hashes, rest.hashes = rows.hashes[:65_536], rows.hashes[65_536:]
+            head.positions, rest.positions = rows.positions[:65_536], rows.positions[65_536:]
+            head.seconds, rest.seconds = rows.seconds[:65_536], rows.seconds[65_536:]
+            self._sealed.append(head)
+            self._active = rest
+        while len(self._sealed) > SEALED_IN_MEMORY_LIMIT:
+            oldest = self._sealed[0]
+            self._write(oldest, sort_rows(oldest.hashes, oldest.positions, oldest.seconds))
+
+    @property
+    def has_sealed(self) -> bool:
+        """There is work for `persist`."""
+        return bool(self._sealed)
+
+    async def persist(self, run_in_thread: Callable[..., Awaitable[Any]]) -> None:
+        """Sort and write every sealed segment, off the loop. Checkpoint. Raises OSError."""
+        while self._sealed:
+            rows = self._sealed[0]
+            data = await run_in_thread(sort_rows, rows.hashes, rows.positions, rows.seconds)
+            if self._sealed and self._sealed[0] is rows:
+                self._write(rows, data)
+
+    def _path(self, first_position: int) -> str:
+        return f"{self.folder}/{first_position:020d}"
+
+    def _write(self, rows: _Rows, data: bytes) -> None:
+        """To the page cache. What a power loss takes is made again: the checkpoint syncs these files before it counts
+        on them."""
+        self._files.make_dirs(self.folder)
+        segment = self._describe(self._path(rows.positions[0]), data)
+        path = segment.path
+        suffix = 0
+        while self._files.exists(path):
+            # A record with very many keys can fill more than one segment from the same position.
+            suffix += 1
+            path = f"{segment.path}.{suffix}"
+        file = self._files.open(path, create=True)
+        try:
+            file.pwrite(data, 0)
+        finally:
+            file.close()
+        self._segments.append(self._describe(path, data))
+        self._unsynced.append(path)
+        self._sealed.popleft()
+
+    async def sync(self) -> None:
+        """Make the segment files written so far durable. Checkpoint (trio). Raises OSError."""
+        unsynced, self._unsynced = self._unsynced, []
+        for path in unsynced:
+            if self._files.exists(path):
+                file = self._files.open(path)
+                try:
+                    await file.sync()
+                finally:
+                    file.close()
+
+    @staticmethod
+    def _describe(path: str, data: bytes) -> _Segment:
+        _magic, _version, count, _crc, first_s, last_s, first_position, last_position = _HEADER.unpack_from(data)
+        return _Segment(path, count, first_s, last_s, first_position, last_position)
+
+    # ------------------------------------------------------------------------------------------------------ reading
+
+    def lookup(self, topic: str, key: str, max_num: int, begin_ms: int, end_ms: int) -> list[int]:
+        """Physical offsets of messages with this key and a store time in [begin, end], newest first, at most 64.
+
+        Raises OSError when a segment cannot be read.
+        """
+        limit = max(0, min(max_num, MAX_LOOKUP))
+        hash_ = index_key(topic.encode(), key.encode())
+        begin_s = max(0, begin_ms) // 1000
+        end_s = max(0, end_ms) // 1000
+        found: list[int] = []
+        for rows in (self._active, *reversed(self._sealed)):
+            if len(found) < limit:
+                found += rows.find(hash_, begin_s, end_s, limit - len(found))
+        for segment in reversed(self._segments):
+            if len(found) >= limit or segment.last_second < begin_s:
+                break
+            if segment.first_second <= end_s:
+                found += self._search(segment, hash_, begin_s, end_s, limit - len(found))
+        # A key that is both UNIQ_KEY and one of KEYS has two rows.
+        return list(dict.fromkeys(found))
+
+    def _search(self, segment: _Segment, hash_: int, begin_s: int, end_s: int, limit: int) -> list[int]:
+        try:
+            file = self._files.open(segment.path)
+        except FileNotFoundError:
+            return []
+        try:
+            count = segment.count
+            hashes = array("I")
+            hashes.frombytes(file.pread(4 * count, _HEADER.size))
+            low = bisect_left(hashes, hash_)
+            high = low
+            while high < count and hashes[high] == hash_:
+                high += 1
+            if low == high:
+                return []
+            positions = array("Q")
+            positions.frombytes(file.pread(8 * (high - low), _HEADER.size + 4 * count + 8 * low))
+            seconds = array("I")
+            seconds.frombytes(file.pread(4 * (high - low), _HEADER.size + 12 * count + 4 * low))
+        finally:
+            file.close()
+        found = [positions[row] for row in range(high - low) if begin_s <= seconds[row] <= end_s]
+        return found[: -limit - 1 : -1]
+
+    # ------------------------------------------------------------------------------------------- checkpoint, restart
+
+    def snapshot(self) -> dict[str, Any]:
+        """What is not in segment files; call with nothing sealed waiting, so that it stays small."""
+        rows = [*self._sealed, self._active]
+        return {
+            "hashes": b"".join(part.hashes.tobytes() for part in rows),
+            "positions": b"".join(part.positions.tobytes() for part in rows),
+            "seconds": b"".join(part.seconds.tobytes() for part in rows),
+            "segments": [[segment.path.rpartition("/")[2], segment.count] for segment in self._segments],
+            "last": [self.last_store_timestamp, self.last_physical_offset],
+        }
+
+    def restore(self, snapshot: dict[str, Any] | None) -> bool:
+        """Take up what a checkpoint covers and remove files made after it.
+
+        False when a file it counts on is missing or damaged: then nothing is kept and the log must be read again.
+        """
+        self._active = _Rows()
+        self._sealed.clear()
+        self._segments = []
+        self._unsynced = []
+        self.last_store_timestamp = self.last_physical_offset = 0
+        if snapshot is None:
+            if self._files.exists(self.folder):
+                self._files.remove_tree(self.folder)
+            return True
+        wanted = dict(snapshot["segments"])
+        for name, count in wanted.items():
+            segment = self._load(name)
+            if segment is None or segment.count != count:
+                return False
+            self._segments.append(segment)
+        for name in self._files.listdir(self.folder):
+            if name not in wanted:
+                self._files.unlink(f"{self.folder}/{name}")
+        self._active.hashes.frombytes(snapshot["hashes"])
+        self._active.positions.frombytes(snapshot["positions"])
+        self._active.seconds.frombytes(snapshot["seconds"])
+        self.last_store_timestamp, self.last_physical_offset = snapshot["last"]
+        while len(self._active.hashes) >= self._segment_keys:
+            self._seal()
+        return True
+
+    def _load(self, name: str) -> _Segment | None:
+        path = f"{self.folder}/{name}"
+        try:
+            file = self._files.open(path)
+        except FileNotFoundError:
+            return None
+        try:
+            head = file.pread(_HEADER.size, 0)
+            if len(head) != _HEADER.size:
+                return None
+            magic, version, count = struct.unpack_from("<III", head)
+            if magic != _MAGIC or version != _VERSION or file.size() != _HEADER.size + 16 * count:
+                return None
+        finally:
+            file.close()
+        return self._describe(path, head)
+
+    def trim(self, first_position: int) -> None:
+        """Drop segments whose messages are all below the log's first position."""
+        while self._segments and self._segments[0].last_position < first_position:
+            self._files.unlink(self._segments.pop(0).path)
