@@ -44,17 +44,22 @@ def as_failure(error: BaseException) -> Failure | None:
         return error
     from cluster.layout import ClusterError
     from cluster.supervisor import NotReadyInTime
-    from remoting.errors import ConnectFailed, ConnectionLost, RequestTimeout, ResponseError
+    from quorate.errors import NoRoute, QuorateError, RequestRefused, SendFailed, Unavailable
 
+    text = str(error)
     match error:
         case NotReadyInTime():
-            return Failure(str(error), GAVE_UP_WAITING)
+            return Failure(text, GAVE_UP_WAITING)
         case ClusterError():
-            return Failure(str(error), CLUSTER_ANSWERED_ERROR)
-        case ResponseError():
-            return Failure(f"the cluster answered {error}", CLUSTER_ANSWERED_ERROR, code=int(error.code))
-        case ConnectFailed() | ConnectionLost():
-            return Failure(f"could not reach anybody: {error}", NOBODY_REACHED)
-        case RequestTimeout() | trio.TooSlowError():
-            return Failure(f"waited and gave up: {error}" if str(error) else "waited and gave up", GAVE_UP_WAITING)
+            return Failure(text, CLUSTER_ANSWERED_ERROR)
+        case RequestRefused():
+            return Failure(f"the cluster answered {text}", CLUSTER_ANSWERED_ERROR, code=int(error.code))
+        case NoRoute() | Unavailable():
+            return Failure(f"could not reach anybody: {text}", NOBODY_REACHED)
+        case SendFailed():
+            return Failure(text, GAVE_UP_WAITING)
+        case QuorateError():
+            return Failure(text, CLUSTER_ANSWERED_ERROR)
+        case trio.TooSlowError():
+            return Failure("waited and gave up", GAVE_UP_WAITING)
     return None

@@ -21,6 +21,7 @@ from runtime.real import real_env
 
 if TYPE_CHECKING:
     from broker.config import BrokerConfig
+    from namesrv.config import NamesrvConfig
 
 LOOK_S = 0.05
 """How often the role is looked at for the supervisor."""
@@ -140,21 +141,24 @@ def _serve(env: Env, assignment: Assignment) -> str | None:
     except OSError as error:
         return f"cannot write to {assignment.layout.data} ({error.strerror}); choose another folder with --data DIR"
     log = get_logger("serve", node=assignment.node.name)
+    reason: str | None = None
     try:
         trio.run(_run, env, assignment)
     except* _operating_errors() as group:
         reason = _first_sentence(group)
+    if reason is None:
+        log.info("node ended")
+    else:
         log.error("node stopped", reason=reason)
-        return reason
-    log.info("node ended")
-    return None
+    return reason
 
 
 def _operating_errors() -> tuple[type[Exception], ...]:
     """What is no mistake in the program: ports, folders, formats, damage."""
     from dledger.errors import LedgerError
+    from namesrv.mirror import MirrorDamaged
 
-    return (OSError, LedgerError, ConfigError)
+    return (OSError, LedgerError, MirrorDamaged, ConfigError)
 
 
 def _first_sentence(group: BaseExceptionGroup[BaseException]) -> str:
@@ -231,8 +235,64 @@ def _service(env: Env, assignment: Assignment) -> Service:
     return _BrokerService(env, assignment)
 
 
+class _NamesrvService:
+    def __init__(self, env: Env, assignment: Assignment) -> None:
+        from namesrv.server import NameServer, NamesrvConfig
+
+        self._server = NameServer(
+            env,
+            NamesrvConfig(listen=_pair(assignment.node.listen), data_dir=assignment.layout.node(assignment.node.name)),
+        )
+        self._stopped = trio.CancelScope()
+
+    async def run(self, *, task_status: trio.TaskStatus[object] = trio.TASK_STATUS_IGNORED) -> None:
+        with self._stopped:
+            await self._server.run(task_status=task_status)
+
+    async def stop(self, drain_s: float) -> None:
+        """Routes are soft state: nothing to hand over."""
+        self._stopped.cancel()
+        await trio.lowlevel.checkpoint()
+
+    def role(self) -> Role | None:
+        return None
+
+
+class _BrokerService:
+    def __init__(self, env: Env, assignment: Assignment) -> None:
+        from broker.node import BrokerNode
+
+        self._node = BrokerNode(env, broker_config(assignment))
+
+    async def run(self, *, task_status: trio.TaskStatus[object] = trio.TASK_STATUS_IGNORED) -> None:
+        await self._node.run(task_status=task_status)
+
+    async def stop(self, drain_s: float) -> None:
+        await self._node.stop(drain_s)
+
+    def role(self) -> Role | None:
+        group = self._node.group
+        return Role(group.role.name.lower(), group.term, group.leader_id, group.is_ready_leader)
+
+
 def _pair(address: Address) -> tuple[str, int]:
     return ("127.0.0.1" if address.host == "localhost" else address.host, address.port)
+
+
+def namesrv_config(assignment: Assignment) -> NamesrvConfig:
+    """A name server's part of the cluster's configuration."""
+    from namesrv.config import NamesrvConfig
+
+    config, node = assignment.config, assignment.node
+    peers = {one.name: _pair(one.peer) for one in config.namesrvs if one.peer is not None}
+    return NamesrvConfig(
+        name=node.name,
+        listen=_pair(node.listen),
+        data_dir=assignment.layout.node(node.name),
+        peers=peers if len(peers) > 1 else {},
+        secret=config.cluster.secret,
+        cluster=config.cluster.name,
+    )
 
 
 def broker_config(assignment: Assignment) -> BrokerConfig:

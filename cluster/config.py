@@ -83,6 +83,7 @@ class NamesrvSection:
     name: str = _setting("ns0", "name of the process")
     listen: Address = _setting(_DEFAULT_NAMESRV, "address to listen on", "listenPort")  # noqa: RUF009
     advertise: Address | None = _setting(None, "address for brokers and clients, where it differs")  # noqa: RUF009
+    peer: Address | None = _setting(None, "address for the other name servers; needed with two or more")  # noqa: RUF009
 
 
 @frozen(kw_only=True)
@@ -152,7 +153,14 @@ class ClusterConfig:
 
     def _nodes(self) -> Iterator[Node]:
         for namesrv in self.namesrvs:
-            yield Node(name=namesrv.name, kind="namesrv", group=None, id=namesrv.name, listen=namesrv.listen)
+            yield Node(
+                name=namesrv.name,
+                kind="namesrv",
+                group=None,
+                id=namesrv.name,
+                listen=namesrv.listen,
+                peer=namesrv.peer if len(self.namesrvs) > 1 else None,
+            )
         for number, group in enumerate(self.groups):
             for node in group.nodes:
                 yield Node(
@@ -383,6 +391,8 @@ def _mistakes(config: ClusterConfig) -> Iterator[str]:
     for namesrv in config.namesrvs:
         if not _NAME.fullmatch(namesrv.name):
             yield f'namesrv: name "{namesrv.name}" {_NAME_RULE}'
+        if len(config.namesrvs) > 1 and namesrv.peer is None:
+            yield f'namesrv "{namesrv.name}": "peer" is missing; several name servers share settings over it'
     for group in config.groups:
         yield from _group_mistakes(group)
     yield from _duplicate_names(config)
@@ -395,13 +405,13 @@ def _mistakes(config: ClusterConfig) -> Iterator[str]:
                     'set "advertise" to the one that clients should use'
                 )
     if config.cluster.secret is None:
-        for group in config.groups:
-            for node in group.nodes:
-                if not _is_loopback(node.peer.host) and len(group.nodes) > 1:
-                    yield (
-                        f'group "{group.name}", node "{node.name}": peer {node.peer} is open to other machines; '
-                        'set "secret" in [cluster] to a text that only the nodes know'
-                    )
+        sizes = {None: len(config.namesrvs), **{group.name: len(group.nodes) for group in config.groups}}
+        for one in config.nodes():
+            if one.peer is not None and not _is_loopback(one.peer.host) and sizes[one.group] > 1:
+                yield (
+                    f'node "{one.name}": peer {one.peer} is open to other machines; '
+                    'set "secret" in [cluster] to a text that only the nodes know'
+                )
 
 
 _NAME_RULE = "may hold letters, digits, dot, dash and underscore, 127 at most"
@@ -513,15 +523,20 @@ def _moved(address: Address, ports: int) -> Address:
 def with_port_base(config: ClusterConfig, base: int) -> ClusterConfig:
     """Every port of the cluster in base..base+99, hosts as they were. Raises ConfigError.
 
-    Name server i at base + i; node k of group g listens at base + 10 + 10 g + k and meets its peers 5 above.
+    Name server i at base + i, node k of group g at base + 10 + 10 g + k; each meets its peers 5 above.
     """
     if not 1024 <= base <= 65535 - PORTS_PER_CLUSTER + 1:
         raise ConfigError(f"--port-base {base}: between 1024 and {65535 - PORTS_PER_CLUSTER + 1}")
     groups_max = (PORTS_PER_CLUSTER - _NAMESRV_PORTS) // _PORTS_PER_GROUP
-    if len(config.groups) > groups_max or len(config.namesrvs) > _NAMESRV_PORTS:
-        raise ConfigError(f"--port-base: room for {_NAMESRV_PORTS} name servers and {groups_max} groups")
+    if len(config.groups) > groups_max or len(config.namesrvs) > _NAMESRV_PORTS // 2:
+        raise ConfigError(f"--port-base: room for {_NAMESRV_PORTS // 2} name servers and {groups_max} groups")
     namesrvs = tuple(
-        attrs.evolve(namesrv, listen=namesrv.listen.at(base + i), advertise=None)
+        attrs.evolve(
+            namesrv,
+            listen=namesrv.listen.at(base + i),
+            peer=None if namesrv.peer is None else namesrv.peer.at(base + _NAMESRV_PORTS // 2 + i),
+            advertise=None,
+        )
         for i, namesrv in enumerate(config.namesrvs)
     )
     groups = []
@@ -572,7 +587,12 @@ def from_plain(document: Mapping[str, Any]) -> ClusterConfig:
     return ClusterConfig(
         cluster=ClusterSection(**document["cluster"]),
         namesrvs=tuple(
-            NamesrvSection(**{**n, "listen": parse_address(n["listen"]), "advertise": address(n["advertise"])})
+            NamesrvSection(
+                name=n["name"],
+                listen=parse_address(n["listen"]),
+                advertise=address(n["advertise"]),
+                peer=address(n["peer"]),
+            )
             for n in document["namesrvs"]
         ),
         groups=tuple(GroupSection(**{**g, "nodes": tuple(map(node, g["nodes"]))}) for g in document["groups"]),

@@ -81,6 +81,11 @@ def test_default_is_one_name_server_and_one_group_of_three(config: ClusterConfig
         ('peer = "127.0.0.1:40911"', 'peer = "10.0.0.1:40911"', ['node "n0"', "secret"]),
         ('listen = "127.0.0.1:10911"', 'listen = "0.0.0.0:10911"', ['node "n0"', "advertise"]),
         ("[[namesrv]]", "[namesrv]", ["[[namesrv]]"]),
+        (
+            "[[namesrv]]",
+            '[[namesrv]]\nname = "ns1"\nlisten = "127.0.0.1:9877"\n[[namesrv]]',
+            ['"ns1"', '"peer" is missing'],
+        ),
         ('peer = "127.0.0.1:40911"', 'peer = "127.0.0.1:40911"\ndial = { n7 = "127.0.0.1:1" }', ["dial", '"n7"']),
         ("[cluster]", "[cluster", ["not valid TOML", "line"]),
     ],
