@@ -1,1 +1,1 @@
-"""Part of Quorate; see docs/architecture.md."""
+"""Routes (soft state, as in RocketMQ) and the control plane; see docs/architecture.md."""
