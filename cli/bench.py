@@ -74,7 +74,7 @@ async def _bench(
     def at(share: float) -> float:
         return round(latencies_s[min(len(latencies_s) - 1, int(share * len(latencies_s)))] * 1000, 3)
 
-    document = {
+    document: dict[str, Any] = {
         "topic": topic,
         "in_flight": in_flight,
         "size_bytes": size,

@@ -237,12 +237,9 @@ def _service(env: Env, assignment: Assignment) -> Service:
 
 class _NamesrvService:
     def __init__(self, env: Env, assignment: Assignment) -> None:
-        from namesrv.server import NameServer, NamesrvConfig
+        from namesrv.server import NameServer
 
-        self._server = NameServer(
-            env,
-            NamesrvConfig(listen=_pair(assignment.node.listen), data_dir=assignment.layout.node(assignment.node.name)),
-        )
+        self._server = NameServer(env, namesrv_config(assignment))
         self._stopped = trio.CancelScope()
 
     async def run(self, *, task_status: trio.TaskStatus[object] = trio.TASK_STATUS_IGNORED) -> None:

@@ -405,7 +405,8 @@ def _mistakes(config: ClusterConfig) -> Iterator[str]:
                     'set "advertise" to the one that clients should use'
                 )
     if config.cluster.secret is None:
-        sizes = {None: len(config.namesrvs), **{group.name: len(group.nodes) for group in config.groups}}
+        sizes: dict[str | None, int] = {group.name: len(group.nodes) for group in config.groups}
+        sizes[None] = len(config.namesrvs)
         for one in config.nodes():
             if one.peer is not None and not _is_loopback(one.peer.host) and sizes[one.group] > 1:
                 yield (
