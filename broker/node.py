@@ -1,0 +1,244 @@
+"""One broker node: the raft group, the tables, the server and the services, in one nursery.
+
+node = BrokerNode(env, config)
+await nursery.start(node.run)        # returns after node.stop(drain_s)
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any, Final
+
+import trio
+
+from broker.clients import SCAN_INTERVAL_S
+from broker.config import BrokerConfig
+from broker.context import BrokerContext
+from broker.delay import DelayService
+from broker.errors import NodeStopped, StartupError
+from broker.handlers import handlers_of
+from broker.long_poll import SWEEP_INTERVAL_S, LongPollTable
+from broker.processors.pull import COLD_READERS, PullProcessor
+from broker.processors.send import SendProcessor
+from broker.records import UNIT
+from broker.registration import Registration
+from broker.router import Router
+from broker.state import BrokerState
+from broker.tables import InvariantBroken
+from dledger.errors import LedgerError
+from dledger.group import RaftGroup, Role
+from remoting.server import serve
+from runtime.files import Locked
+from runtime.logs import Logger, get_logger
+from runtime.model import Env, Listener
+
+TRANSFER_WAIT_S: Final = 1.0
+"""How long a stop waits for its leadership to be taken over before it goes on."""
+TRANSFER_LOOK_S: Final = 0.01
+
+
+class BrokerNode:
+    """A member of one broker group. All methods are for the trio thread.
+
+    `listener`, when given, is served instead of `config.listen` (tests).
+    """
+
+    def __init__(
+        self, env: Env, config: BrokerConfig, *, listener: Listener | None = None, log: Logger | None = None
+    ) -> None:
+        self.env = env
+        self.config = config
+        self.log = log or get_logger("broker", node=config.node_id, group=config.broker_name)
+        self.state = BrokerState(env, config, self.log)
+        self.group = RaftGroup(env, config.group, self.state, self.log)
+        self.state.attach(self.group)
+        self.broker = BrokerContext(env, config, self.state, self.group, self.log)
+        self.send = SendProcessor(self.state)
+        self.pull = PullProcessor(self.broker)
+        self.broker.long_poll = LongPollTable(self.pull.wake)
+        self.router = Router(
+            self.broker,
+            send=self.send.handle_send,
+            pull=self.pull.handle,
+            handlers=handlers_of(self.broker, self.send.handle_send_back),
+        )
+        self.registration = Registration(self.broker)
+        self.address: tuple[str, int] | None = None
+        """Where it listens, once it runs."""
+        self._listener = listener
+        self._stop_wanted = trio.Event()
+        self._drain_s = 0.0
+        self._stopped = trio.Event()
+        self.state.on_dispatch.append(self._dispatched)
+        self.state.on_role.append(self._role_changed)
+        self.state.on_topics_changed.append(self._topics_changed)
+        self.state.on_app_message.append(self.router.forwarder.receive)
+        self.state.on_turn_done.append(self.broker.flush_changed)
+
+    # ----------------------------------------------------------------------------------------------------- lifetime
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until `stop`. `started()` once the log is recovered and both ports are open.
+
+        Raises StartupError where it cannot start, NodeStopped where it must not go on. When cancelled, it stops as a
+        killed process would: the next start reads the log again.
+        """
+        with ExitStack() as held:
+            self._take_folder(held)
+            listener = await self._listen()
+            started = False
+
+            def running() -> None:
+                nonlocal started
+                started = True
+                task_status.started()
+
+            try:
+                await self._run_services(listener, running)
+            except* InvariantBroken as errors:
+                raise NodeStopped(f"invariant broken, the node stops: {_first(errors)}") from errors
+            except* LedgerError as errors:
+                if started:
+                    raise NodeStopped(str(_first(errors))) from errors
+                raise StartupError(str(_first(errors))) from errors
+            finally:
+                self._stopped.set()
+
+    def _take_folder(self, held: ExitStack) -> None:
+        """Keep every other process off the data folder for as long as `held` lasts."""
+        folder = self.config.data_dir
+        try:
+            self.env.files.make_dirs(folder)
+            held.enter_context(self.env.files.lock(f"{folder}/lock"))
+        except Locked as error:
+            raise StartupError(str(error)) from error
+        except OSError as error:
+            raise StartupError(
+                f"cannot write to {folder} ({error.strerror or error}); choose another folder"
+            ) from error
+
+    async def _listen(self) -> Listener:
+        if self._listener is not None:
+            return self._listener
+        host, port = self.config.listen
+        try:
+            return await self.env.net.listen(host, port)
+        except OSError as error:
+            raise StartupError(
+                f"cannot listen on {host}:{port} ({error.strerror or error}); another process may use the port"
+            ) from error
+
+    async def _run_services(self, listener: Listener, running: Any) -> None:
+        self.address = listener.address
+        async with trio.open_nursery() as nursery:
+            self.broker.jobs.attach(nursery)
+            await nursery.start(self._run_group, nursery.cancel_scope)
+            await nursery.start(self.state.run)
+            await nursery.start(DelayService(self.state).run)
+            nursery.start_soon(self.router.forwarder.run)
+            for _ in range(COLD_READERS):
+                nursery.start_soon(self.pull.read_cold_forever)
+            nursery.start_soon(self._keep_house)
+            server = await nursery.start(self._serve, listener)
+            nursery.start_soon(self.registration.run)
+            running()
+            await self._stop_wanted.wait()
+            await self._leave(server)
+            nursery.cancel_scope.cancel()
+
+    async def _run_group(
+        self, node_scope: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        await self.group.run(task_status=task_status)
+        if not self._stop_wanted.is_set():
+            # Nothing here asked it to: without its log the node is nothing.
+            node_scope.cancel()
+
+    async def _serve(
+        self, listener: Listener, task_status: trio.TaskStatus[trio.CancelScope] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self._serve_connections, listener)
+                task_status.started(scope)
+
+    async def _serve_connections(
+        self, listener: Listener, task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        await serve(self.env, listener, self.router, log=self.log, task_status=task_status)
+
+    async def stop(self, drain_s: float | None = None) -> None:
+        """Hand leadership over, go on forwarding for `drain_s` seconds (the configured ones when None), then end `run`.
+
+        Checkpoint; when cancelled the stop goes on.
+        """
+        self._drain_s = self.config.drain_s if drain_s is None else drain_s
+        self._stop_wanted.set()
+        await self._stopped.wait()
+
+    async def _leave(self, server: trio.CancelScope) -> None:
+        """Step by step out of the group, the name servers, and the folder."""
+        clock = self.env.clock
+        drain_until = clock.monotonic() + self._drain_s
+        if self.group.leader_id == self.group.node_id and len(self.config.group.peers) > 1:
+            self.log.info("handing leadership over")
+            self.group.transfer_leadership()
+            if self._drain_s > 0:
+                with clock.move_on_after(TRANSFER_WAIT_S):
+                    while self.group.leader_id == self.group.node_id:
+                        await clock.sleep(TRANSFER_LOOK_S)
+        await clock.sleep_until(drain_until)
+        await self.registration.unregister()
+        server.cancel()
+        await self.group.stop_gracefully()
+        await self.state.close()
+
+    # ------------------------------------------------------------------------------------------- what the group says
+
+    def _dispatched(self, topic: str, queue_id: int, max_offset: int, units: bytes) -> None:
+        """Committed messages of one queue are readable now."""
+        if self.group.is_ready_leader:
+            nbytes = 0
+            for _at, size, _code in UNIT.iter_unpack(units):
+                nbytes += size
+            self.broker.stats.count_put(topic, len(units) // UNIT.size, nbytes)
+        if self.broker.long_poll:
+            self.broker.long_poll.notify(topic, queue_id, max_offset, units)
+
+    def _role_changed(self, role: Role, term: int, leader_id: str | None, ready: bool) -> None:
+        self.log.info("role changed", role=role.name.lower(), term=term, leader=leader_id, ready=ready)
+        if ready:
+            self.broker.long_poll.wake_all()
+        else:
+            self.broker.resets.clear()
+        self.router.forwarder.leadership_changed()
+        self.registration.wake()
+
+    def _topics_changed(self, _names: list[str]) -> None:
+        self.registration.wake()
+
+    # ------------------------------------------------------------------------------------------------- housekeeping
+
+    async def _keep_house(self) -> None:
+        """Once a second: samples, pulls whose time is up; each 10 s: clients that have fallen silent."""
+        clock = self.env.clock
+        broker = self.broker
+        next_scan = clock.monotonic() + SCAN_INTERVAL_S
+        while True:
+            await clock.sleep(SWEEP_INTERVAL_S)
+            now = clock.monotonic()
+            broker.stats.sample(now, clock.wall_ms())
+            broker.long_poll.sweep(now)
+            if now >= next_scan:
+                next_scan = now + SCAN_INTERVAL_S
+                broker.thin_out()
+                for conn in broker.clients.expire(now):
+                    conn.close("no heartbeat for too long")
+            broker.flush_changed()
+
+
+def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

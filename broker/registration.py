@@ -1,0 +1,157 @@
+"""Registering with the name servers (semantics.md 12, design 4).
+
+Node nK registers as brokerId K + 1, and as 0 from the moment it is a *ready* leader: never before its no-op of the term
+is applied. To every name server in parallel: each 30 s, and at once when the role or a topic changes or a connection is
+lost. The term travels as DataVersion.stateVersion and as `raftTerm`, the group's identity as `raftGroup`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from remoting.bodies import (
+    DataVersion,
+    RegisterBrokerBody,
+    TopicConfigSerializeWrapper,
+    encode_register_broker,
+    register_body_crc,
+)
+from remoting.codes import MASTER_ID, VERSION, RequestCode, ResponseCode
+from remoting.command import Command
+from remoting.errors import RemotingError
+from remoting.pool import Client
+
+if TYPE_CHECKING:
+    from broker.context import BrokerContext
+
+REGISTER_TIMEOUT_S: Final = 3.0
+UNREGISTER_TIMEOUT_S: Final = 1.0
+RETRY_FIRST_S: Final = 0.1
+RETRY_LAST_S: Final = 2.0
+SETTLE_S: Final = 0.002
+"""Changes that come together are registered together."""
+
+
+class Registration:
+    """One task per name server. `wake` has all of them register now."""
+
+    def __init__(self, broker: BrokerContext) -> None:
+        self._broker = broker
+        self._client = Client(
+            broker.env, log=broker.log, on_lost=self._connection_lost, language="JAVA", backoff_max_s=RETRY_LAST_S
+        )
+        self._wanted: dict[str, trio.Event] = {address: trio.Event() for address in broker.config.namesrv}
+        self._stopping = False
+        self.registered_as: dict[str, int] = {}
+        """Per name server: the broker id it last accepted."""
+
+    def wake(self) -> None:
+        """Role, term, readiness or topics have changed."""
+        for event in self._wanted.values():
+            event.set()
+
+    def _connection_lost(self, address: str, _connection: Any) -> None:
+        # A name server drops a broker whose connection ends, so come back at once.
+        event = self._wanted.get(address)
+        if event is not None:
+            event.set()
+
+    async def run(self) -> None:
+        """Runs until cancelled. Cancel-safe."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._client.run)
+            for address in self._wanted:
+                nursery.start_soon(self._keep_registered, address)
+
+    async def _keep_registered(self, address: str) -> None:
+        clock = self._broker.env.clock
+        retry_s = RETRY_FIRST_S
+        while True:
+            self._wanted[address] = wanted = trio.Event()
+            registered = not self._stopping and await self._register(address)
+            if registered:
+                retry_s = RETRY_FIRST_S
+                wait_s = self._broker.config.register_interval_s
+            else:
+                wait_s = retry_s
+                retry_s = min(RETRY_LAST_S, retry_s * 2)
+            with clock.move_on_after(wait_s):
+                await wanted.wait()
+                await clock.sleep(SETTLE_S)
+
+    def _broker_id(self) -> int:
+        broker = self._broker
+        return MASTER_ID if broker.group.is_ready_leader else broker.config.broker_id + 1
+
+    async def _register(self, address: str) -> bool:
+        broker = self._broker
+        command = self.registration()
+        broker_id = int(command.ext["brokerId"])
+        try:
+            answer = await self._client.invoke(address, command, REGISTER_TIMEOUT_S)
+        except RemotingError as error:
+            if self.registered_as.pop(address, None) is not None:
+                broker.log.warning("name server lost", namesrv=address, reason=str(error))
+            return False
+        if answer.code != ResponseCode.SUCCESS:
+            broker.log.warning("registration refused", namesrv=address, code=answer.code, remark=answer.remark)
+            return False
+        if self.registered_as.get(address) != broker_id:
+            broker.log.info("registered", namesrv=address, broker_id=broker_id, term=broker.group.term)
+        self.registered_as[address] = broker_id
+        broker.master_address = broker.address if broker_id == MASTER_ID else answer.ext.get("masterAddr", "")
+        return True
+
+    def registration(self) -> Command:
+        """REGISTER_BROKER as of now."""
+        broker = self._broker
+        config = broker.config
+        term = broker.group.term
+        topics = broker.state.topics
+        version = topics.data_version
+        wrapper = TopicConfigSerializeWrapper(
+            topic_config_table=topics.all(),
+            data_version=DataVersion(counter=version.counter, timestamp=version.timestamp, state_version=term),
+        )
+        body = encode_register_broker(RegisterBrokerBody(topic_config_serialize_wrapper=wrapper))
+        peer_host, peer_port = config.group.peers[config.node_id]
+        ext = {
+            "brokerName": config.broker_name,
+            "brokerAddr": broker.address,
+            "clusterName": config.cluster,
+            "haServerAddr": f"{peer_host}:{peer_port}",
+            "brokerId": str(self._broker_id()),
+            "enableActingMaster": "false",
+            "compressed": "false",
+            "bodyCrc32": str(register_body_crc(body)),
+            "raftTerm": str(term),
+            "raftGroup": broker.group.group_uuid,
+        }
+        return Command(code=RequestCode.REGISTER_BROKER, opaque=0, version=VERSION, ext=ext, body=body)
+
+    async def unregister(self) -> None:
+        """On a clean stop: out of every name server at once, a second at most. No more registrations afterwards."""
+        self._stopping = True
+        broker = self._broker
+        config = broker.config
+
+        async def leave(address: str, broker_id: int) -> None:
+            ext = {
+                "brokerName": config.broker_name,
+                "brokerAddr": broker.address,
+                "clusterName": config.cluster,
+                "brokerId": str(broker_id),
+            }
+            command = Command(code=RequestCode.UNREGISTER_BROKER, opaque=0, version=VERSION, ext=ext)
+            try:
+                await self._client.invoke(address, command, UNREGISTER_TIMEOUT_S)
+            except RemotingError as error:
+                broker.log.info("not unregistered", namesrv=address, reason=str(error))
+
+        with broker.env.clock.move_on_after(UNREGISTER_TIMEOUT_S):
+            async with trio.open_nursery() as nursery:
+                for address, broker_id in list(self.registered_as.items()):
+                    nursery.start_soon(leave, address, broker_id)
+        self.registered_as.clear()

@@ -1,0 +1,206 @@
+"""From frames to processors: which code is whose, and what only the leader may do.
+
+All frames of one read come in one call. Sends and pulls, the hot ones, go straight to their processors as frames; the
+others are decoded and handed to a handler `f(request, conn) -> answer or None`, None meaning "answers later".
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from broker.answers import BUSY, NOT_LEADER, REFUSALS, TOO_LARGE
+from broker.forward import ForwardedConnection, Forwarder
+from dledger.errors import NotLeader, Overloaded, TooLarge
+from remoting.codes import RequestCode, ResponseCode
+from remoting.command import Command, encode_response
+from remoting.errors import BodyError, HeaderError
+from remoting.frames import Frame, decode_frame, peek_code
+from remoting.headers import require
+
+if TYPE_CHECKING:
+    from broker.context import BrokerContext
+
+Handler = Callable[[Command, Any], bytes | None]
+HotHandler = Callable[[Frame, Any], None]
+
+SENDS: Final = frozenset({RequestCode.SEND_MESSAGE, RequestCode.SEND_MESSAGE_V2, RequestCode.SEND_BATCH_MESSAGE})
+PULLS: Final = frozenset({RequestCode.PULL_MESSAGE, RequestCode.LITE_PULL_MESSAGE})
+
+LEADER_ONLY: Final = SENDS | {
+    RequestCode.CONSUMER_SEND_MSG_BACK,
+    RequestCode.QUERY_CONSUMER_OFFSET,
+    RequestCode.UPDATE_CONSUMER_OFFSET,
+    RequestCode.SEARCH_OFFSET_BY_TIMESTAMP,
+    RequestCode.GET_MAX_OFFSET,
+    RequestCode.LOCK_BATCH_MQ,
+    RequestCode.UNLOCK_BATCH_MQ,
+    RequestCode.UPDATE_AND_CREATE_TOPIC,
+    RequestCode.UPDATE_AND_CREATE_TOPIC_LIST,
+    RequestCode.DELETE_TOPIC_IN_BROKER,
+    RequestCode.UPDATE_AND_CREATE_SUBSCRIPTIONGROUP,
+    RequestCode.UPDATE_AND_CREATE_SUBSCRIPTIONGROUP_LIST,
+    RequestCode.DELETE_SUBSCRIPTIONGROUP,
+    RequestCode.INVOKE_BROKER_TO_RESET_OFFSET,
+    RequestCode.CLONE_GROUP_OFFSET,
+}
+"""Codes that a follower, or a leader whose no-op is not applied, passes on (design 4)."""
+
+STALE_IS_FINE: Final = frozenset({RequestCode.SEARCH_OFFSET_BY_TIMESTAMP, RequestCode.GET_MAX_OFFSET})
+"""Answered from committed tables when no leader is found in time: reading goes on without a majority."""
+
+BAD_INPUT: Final = (HeaderError, BodyError)
+"""A request that cannot be read: answered 1 with the reason."""
+
+UNEXPECTED: Final = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OSError,
+    TypeError,
+    ValueError,
+    struct.error,
+    msgspec.MsgspecError,
+)
+"""What a bug in a handler, or a failing disk, looks like. One request is answered 1 and the node goes on; the traceback
+is logged once per place. Broken invariants are none of these: they stop the node."""
+
+_TRACEBACKS_MAX: Final = 100
+
+
+class Router:
+    """The node's FrameHandler. `send` is the send processor's hot entry, `pull` the pull processor's."""
+
+    def __init__(
+        self, broker: BrokerContext, *, send: HotHandler, pull: HotHandler, handlers: dict[int, Handler]
+    ) -> None:
+        self._broker = broker
+        self._group = broker.group
+        self._send = send
+        self._pull = pull
+        self._handlers = handlers
+        self._seen_failures: dict[tuple[int, str, str], None] = {}
+        self.forwarder = Forwarder(
+            broker.env.clock,
+            broker.group,
+            execute=self.execute,
+            changed=broker.changed,
+            serve_stale=self._serve_stale,
+            leader_address=lambda: broker.master_address,
+            log=broker.log,
+        )
+
+    # ------------------------------------------------------------------------------------------------ FrameHandler
+
+    def on_open(self, conn: Any) -> None:
+        """Nothing is known of a connection until it asks for something."""
+
+    def on_close(self, conn: Any) -> None:
+        """The clients on it are gone, and nobody waits for their held requests."""
+        self._broker.clients.disconnected(conn)
+        self.forwarder.forget(conn)
+        self._broker.flush_changed()
+
+    def on_frames(self, conn: Any, frames: list[Frame]) -> None:
+        """All requests of one read. Raises RemoteProtocolError on a header that is none: the connection is closed."""
+        ready = self._group.is_ready_leader
+        for frame in frames:
+            code = peek_code(frame)
+            if code in SENDS and ready:
+                handler = self._send
+            elif code in PULLS:
+                handler = self._pull
+            else:
+                self._dispatch(code, frame, conn, ready)
+                continue
+            try:
+                handler(frame, conn)
+            except BAD_INPUT as error:
+                self._answer(frame, conn, ResponseCode.SYSTEM_ERROR, str(error))
+            except UNEXPECTED as error:
+                self._failed(frame, conn, code, error)
+
+    def turn(self) -> None:
+        """After each read: what was answered on other connections leaves now."""
+        self._broker.flush_changed()
+
+    # -------------------------------------------------------------------------------------------------- dispatching
+
+    def execute(self, conn: Any, frame: Frame) -> None:
+        """Serve a request here: one forwarded by another node, or one that was held for a leader."""
+        self.on_frames(conn, [frame])
+
+    def _dispatch(self, code: int, frame: Frame, conn: Any, ready: bool) -> None:
+        request = decode_frame(frame)
+        try:
+            if not ready and self._needs_leader(code, request):
+                if isinstance(conn, ForwardedConnection):
+                    conn.refuse()
+                else:
+                    self.forwarder.submit(conn, frame, code, request.opaque, request.flag)
+                return
+            handler = self._handlers.get(code)
+            if handler is None:
+                answer: bytes | None = encode_response(
+                    request, ResponseCode.REQUEST_CODE_NOT_SUPPORTED, remark=f" request type {code} not supported"
+                )
+            else:
+                answer = handler(request, conn)
+            if answer is not None and not request.is_oneway:
+                conn.write(answer)
+        except BAD_INPUT as error:
+            self._answer(frame, conn, ResponseCode.SYSTEM_ERROR, str(error))
+        except NotLeader:
+            self._answer(frame, conn, *REFUSALS[NOT_LEADER])
+        except Overloaded:
+            self._answer(frame, conn, *REFUSALS[BUSY])
+        except TooLarge:
+            self._answer(frame, conn, *REFUSALS[TOO_LARGE])
+        except UNEXPECTED as error:
+            self._failed(frame, conn, code, error)
+
+    def _needs_leader(self, code: int, request: Command) -> bool:
+        if code in LEADER_ONLY:
+            return True
+        if code == RequestCode.VIEW_MESSAGE_BY_ID and self._group.leader_id not in (None, self._group.node_id):
+            # An acknowledged message may not be known as committed here yet.
+            return require(request.ext, "offset", int) >= self._group.committed_position
+        return False
+
+    def _serve_stale(self, conn: Any, frame: Frame, code: int) -> bool:
+        if code not in STALE_IS_FINE:
+            return False
+        answer = self._handlers[code](decode_frame(frame), conn)
+        if answer is not None:
+            conn.write(answer)
+        return True
+
+    # ------------------------------------------------------------------------------------------------------ failures
+
+    def _answer(self, frame: Frame, conn: Any, code: int, remark: str) -> None:
+        request = decode_frame(frame)
+        if not request.is_oneway:
+            conn.write(encode_response(request, code, {}, remark=remark))
+
+    def _failed(self, frame: Frame, conn: Any, code: int, error: BaseException) -> None:
+        """A handler broke on one request. Say so once per place, with the traceback, and answer 1."""
+        place = _place_of(error)
+        key = (code, type(error).__name__, place)
+        if key not in self._seen_failures and len(self._seen_failures) < _TRACEBACKS_MAX:
+            self._seen_failures[key] = None
+            self._broker.log.exception("request failed unexpectedly", code=code, peer=conn.peer_text, place=place)
+        self._answer(frame, conn, ResponseCode.SYSTEM_ERROR, f"{type(error).__name__}: {error}, {place}")
+
+
+def _place_of(error: BaseException) -> str:
+    """File and line where an exception was raised."""
+    trace = error.__traceback__
+    if trace is None:
+        return "unknown place"
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return f"{trace.tb_frame.f_code.co_filename.rpartition('/')[2]}:{trace.tb_lineno}"
