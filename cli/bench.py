@@ -60,7 +60,7 @@ async def _bench(
     env = real_env()
     latencies_s: list[float] = []
     errors: list[str] = []
-    async with quorate.connect(namesrv_of(env.files, *target)) as mq:
+    async with quorate.connect(namesrv_of(env.files, *target), env=env) as mq:
         await mq.send(topic, b"first", timeout=10)
         begin = env.clock.monotonic() + WARM_UP_S
         end = begin + duration_s

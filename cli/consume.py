@@ -48,7 +48,7 @@ def consume(
         _consume,
         topic,
         group,
-        {"filter": expression, "from_start": from_start},
+        {"filter": expression, "start": "first" if from_start else "last"},
         (count, timeout),
         (namesrv, data_path, config_path),
         as_json,
@@ -69,7 +69,7 @@ async def _consume(
     count, timeout = limits
     taken = 0
     async with (
-        quorate.connect(namesrv_of(env.files, *target)) as mq,
+        quorate.connect(namesrv_of(env.files, *target), env=env) as mq,
         mq.subscribe(topic, group=group, **options) as inbox,
     ):
         with env.clock.move_on_after(timeout if timeout is not None else float("inf")) as waiting:

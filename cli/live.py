@@ -75,7 +75,7 @@ class LiveView:
     async def watch(self, supervisor: Supervisor) -> None:
         """Draw four times a second until cancelled."""
         brokers = [node for node in supervisor.state().nodes if node.kind == "broker"]
-        async with quorate.connect(";".join(self._config.namesrv_addresses())) as client:
+        async with quorate.connect(self._config.namesrv_addresses(), env=self._env) as client:
             reader = StatusReader(self._env, client)
             with Live(console=self._console, auto_refresh=False, transient=False) as live:
                 self._live = live

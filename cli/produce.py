@@ -90,7 +90,7 @@ async def _produce(
     started = env.clock.monotonic()
     sent = 0
     try:
-        async with quorate.connect(namesrv_of(env.files, *target)) as mq:
+        async with quorate.connect(namesrv_of(env.files, *target), env=env) as mq:
             for body in messages:
                 if rate is not None:
                     await env.clock.sleep_until(started + sent / rate)

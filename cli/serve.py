@@ -23,20 +23,8 @@ if TYPE_CHECKING:
     from broker.config import BrokerConfig
     from namesrv.config import NamesrvConfig
 
-LOOK_S = 0.05
-"""How often the role is looked at for the supervisor."""
-LOOK_WITHOUT_LEADER_S = 0.01
+ORPHAN_LOOK_S = 1.0
 MANAGED_DRAIN_S = 2.0
-
-
-@frozen
-class Role:
-    """What the supervisor is told."""
-
-    role: str
-    term: int
-    leader: str | None
-    is_ready: bool
 
 
 class Service(Protocol):
@@ -46,9 +34,6 @@ class Service(Protocol):
 
     async def stop(self, drain_s: float) -> None:
         """Hand leadership over, go on forwarding for so long, end `run`. Checkpoint."""
-
-    def role(self) -> Role | None:
-        """None where there is none."""
 
 
 @frozen(kw_only=True)
@@ -155,10 +140,9 @@ def _serve(env: Env, assignment: Assignment) -> str | None:
 
 def _operating_errors() -> tuple[type[Exception], ...]:
     """What is no mistake in the program: ports, folders, formats, damage."""
-    from dledger.errors import LedgerError
     from namesrv.mirror import MirrorDamaged
 
-    return (OSError, LedgerError, MirrorDamaged, ConfigError)
+    return (OSError, MirrorDamaged, ConfigError)  # a broker's StartupError and NodeStopped are OSErrors
 
 
 def _first_sentence(group: BaseExceptionGroup[BaseException]) -> str:
@@ -175,7 +159,7 @@ async def _run(env: Env, assignment: Assignment) -> None:
         await nursery.start(_run_service, service, nursery.cancel_scope)
         if assignment.events is not None:
             assignment.events.write({"event": "ready"})
-        nursery.start_soon(_report_role, env, service, assignment)
+        nursery.start_soon(_leave_with_supervisor, env, assignment)
 
 
 async def _run_service(
@@ -208,21 +192,17 @@ def _drain_s(assignment: Assignment) -> float:
     return assignment.config.group(assignment.node.group).drain_s
 
 
-async def _report_role(env: Env, service: Service, assignment: Assignment) -> None:
-    """Tell the supervisor of each change of role; leave when it has gone, where the kernel does not see to that."""
-    if assignment.events is None:
-        return
-    told: Role | None = None
-    while True:
-        role = service.role()
-        if role is not None and role != told:
-            told = role
-            assignment.events.write(
-                {"event": "role", "role": role.role, "term": role.term, "leader": role.leader, "ready": role.is_ready}
-            )
-        if assignment.supervisor_pid is not None and is_orphan(assignment.supervisor_pid):
+def _report_role(assignment: Assignment, role: str, term: int, leader: str | None, is_ready: bool) -> None:
+    if assignment.events is not None:
+        assignment.events.write({"event": "role", "role": role, "term": term, "leader": leader, "ready": is_ready})
+
+
+async def _leave_with_supervisor(env: Env, assignment: Assignment) -> None:
+    """Where the kernel does not see to it."""
+    while assignment.supervisor_pid is not None:
+        if is_orphan(assignment.supervisor_pid):
             exit_now(CLUSTER_ANSWERED_ERROR)
-        await env.clock.sleep(LOOK_WITHOUT_LEADER_S if role is not None and role.leader is None else LOOK_S)
+        await env.clock.sleep(ORPHAN_LOOK_S)
 
 
 # --- from cluster.toml to what a node is told ---
@@ -251,25 +231,21 @@ class _NamesrvService:
         self._stopped.cancel()
         await trio.lowlevel.checkpoint()
 
-    def role(self) -> Role | None:
-        return None
-
 
 class _BrokerService:
     def __init__(self, env: Env, assignment: Assignment) -> None:
         from broker.node import BrokerNode
 
         self._node = BrokerNode(env, broker_config(assignment))
+        self._node.state.on_role.append(
+            lambda role, term, leader, is_ready: _report_role(assignment, role.name.lower(), term, leader, is_ready)
+        )
 
     async def run(self, *, task_status: trio.TaskStatus[object] = trio.TASK_STATUS_IGNORED) -> None:
         await self._node.run(task_status=task_status)
 
     async def stop(self, drain_s: float) -> None:
         await self._node.stop(drain_s)
-
-    def role(self) -> Role | None:
-        group = self._node.group
-        return Role(group.role.name.lower(), group.term, group.leader_id, group.is_ready_leader)
 
 
 def _pair(address: Address) -> tuple[str, int]:

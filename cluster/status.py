@@ -137,7 +137,7 @@ class StatusReader:
 
 async def read_broker_status(env: Env, namesrv: str, nodes: Sequence[RunningNode]) -> list[NodeStatus]:
     """Status of some brokers, once. Checkpoint."""
-    async with quorate.connect(namesrv) as client:
+    async with quorate.connect(namesrv, env=env) as client:
         return await StatusReader(env, client).read(nodes)
 
 
@@ -145,7 +145,7 @@ async def read_namesrv_status(env: Env, node: RunningNode) -> NodeStatus:
     """Whether a name server answers. Checkpoint."""
     try:
         with env.clock.fail_after(ASK_WITHIN_S):
-            async with quorate.connect(node.listen) as client:
+            async with quorate.connect(node.listen, env=env) as client:
                 await client.admin.cluster()
     except trio.TooSlowError:
         return _down(node, f"no answer within {ASK_WITHIN_S:g} s")

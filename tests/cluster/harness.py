@@ -1,0 +1,171 @@
+"""A real cluster for one test: own folder, own ports, started with `quorate up --detach --json`, stopped with `down`."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from attrs import define, field
+
+QUORATE = (sys.executable, "-P", "-m", "cli")
+PORTS_PER_CLUSTER = 100
+VERB_WITHIN_S = 60
+SEGMENT_NAME_DIGITS = 20
+
+
+def quorate(*arguments: str, check: bool = True, within_s: float = VERB_WITHIN_S) -> subprocess.CompletedProcess[str]:
+    """Run a verb as a user would."""
+    ran = subprocess.run([*QUORATE, *arguments], capture_output=True, text=True, timeout=within_s, check=False)
+    if check and ran.returncode != 0:
+        raise AssertionError(f"quorate {' '.join(arguments)} ended with {ran.returncode}: {ran.stdout}{ran.stderr}")
+    return ran
+
+
+def free_port_base() -> int:
+    """A base whose first ports are all free right now, away from the range that the system hands out by itself."""
+    chooser = random.Random(os.getpid() * 1_000_003 + time.monotonic_ns())
+    for _ in range(200):
+        base = chooser.randrange(12_000, 31_000, PORTS_PER_CLUSTER)
+        if all(_is_free(port) for port in range(base, base + 40)):
+            return base
+    raise AssertionError("no free ports")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def wait_for(condition: Callable[[], Any], within_s: float, what: str) -> Any:
+    """The first true value of `condition()`."""
+    deadline = time.monotonic() + within_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what}: not within {within_s:g} s")
+        time.sleep(0.02)
+
+
+@define
+class Cluster:
+    """A running cluster and the verbs a test needs."""
+
+    data: Path
+    document: Mapping[str, Any]
+    port_base: int
+    up_seconds: float
+    killed: list[str] = field(factory=list)
+
+    @property
+    def namesrv(self) -> str:
+        return str(self.document["namesrv"])
+
+    def verb(self, *arguments: str) -> Any:
+        """A verb's JSON document."""
+        return json.loads(quorate(*arguments, "--data", str(self.data), "--json").stdout)
+
+    def processes(self) -> dict[str, dict[str, Any]]:
+        """From DATA/up.json, as `ps` shows it."""
+        state = json.loads((self.data / "up.json").read_bytes())
+        return {node["name"]: node for node in state["nodes"]}
+
+    def brokers(self) -> list[str]:
+        return [name for name, node in self.processes().items() if node["kind"] == "broker"]
+
+    def pid(self, name: str) -> int | None:
+        process = self.processes()[name]["process"]
+        return process["pid"] if process else None
+
+    def address(self, name: str) -> tuple[str, int]:
+        host, _, port = str(self.processes()[name]["listen"]).rpartition(":")
+        return host, int(port)
+
+    def kill(self, name: str) -> str:
+        """`quorate kill`; returns whom it hit."""
+        hit = str(self.verb("kill", name)["killed"])
+        self.killed.append(hit)
+        return hit
+
+    def kill_all_brokers_at_once(self) -> None:
+        for pid in [self.pid(name) for name in self.brokers()]:
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+
+    def wait_restarted(self, name: str, than_pid: int | None, within_s: float = 20) -> None:
+        """Until the node runs in another process than before, and is ready."""
+        wait_for(
+            lambda: (node := self.processes()[name])["state"] == "up" and node["process"]["pid"] != than_pid,
+            within_s,
+            f"{name} is back",
+        )
+
+    def status(self) -> dict[str, dict[str, Any]]:
+        ran = quorate("status", "--data", str(self.data), "--json", check=False)
+        return {one["name"]: one for one in json.loads(ran.stdout)}
+
+    def log_bytes(self, name: str, start: int, end: int) -> bytes:
+        """The node's log from position `start` to `end`, read from its segment files."""
+        folder = self.data / name / "raft" / "log"
+        found = bytearray()
+        for path in sorted(folder.glob("[0-9]" * SEGMENT_NAME_DIGITS)):
+            base, size = int(path.name), path.stat().st_size
+            if base < end and base + size > start:
+                with path.open("rb") as file:
+                    file.seek(max(0, start - base))
+                    found += file.read(min(end, base + size) - max(start, base))
+        return bytes(found)
+
+    def last_logs(self) -> str:
+        """For the message of a failed test."""
+        parts = []
+        for path in sorted((self.data / "logs").iterdir()):
+            lines = path.read_text(errors="replace").splitlines()[-15:]
+            parts.append("\n".join([f"--- {path.name}", *lines]))
+        return "\n".join(parts)
+
+
+@contextmanager
+def cluster(data: Path, *flags: str, config: str | None = None) -> Iterator[Cluster]:
+    """Start, hand over, stop. On a failure the last lines of all logs are printed."""
+    base = free_port_base()
+    print(f"cluster in {data}, ports from {base}")
+    arguments: list[str] = ["up", "--detach", "--json", "--data", str(data), "--port-base", str(base), *flags]
+    if config is not None:
+        path = data.parent / f"{data.name}.toml"
+        path.write_text(config)
+        arguments += ["--config", str(path)]
+    started = time.monotonic()
+    ran = quorate(*arguments)
+    running = Cluster(data, json.loads(ran.stdout), base, time.monotonic() - started)
+    try:
+        yield running
+    except BaseException:
+        print(running.last_logs())
+        raise
+    finally:
+        quorate("down", "--data", str(data), check=False)
+
+
+def differing(parts: Sequence[bytes]) -> int | None:
+    """Index of the first byte in which they differ, None when they are the same."""
+    if all(part == parts[0] for part in parts):
+        return None
+    length = min(map(len, parts))
+    return next((i for i in range(length) if len({part[i] for part in parts}) > 1), length)
