@@ -270,6 +270,7 @@ class SimNode:
                     self.log.append((entry,))
                 self._write(now, follow_ups)
             case fx.Commit():
+                world.properties.moves_commit(self, effect.index)
                 self._apply(effect.index)
             case fx.SaveHardState():
                 self._save(HardState(effect.term, effect.vote))

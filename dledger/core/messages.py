@@ -68,7 +68,7 @@ class Append(msgspec.Struct, frozen=True):
 
 
 class AppendReply(msgspec.Struct, frozen=True):
-    """Answers every Append up to `seq`.
+    """Answers every Append up to `seq` of this term; 0 answers one of an older term and only names the newer.
 
     `ok`: the predecessor matched; `written` and `durable` are the highest *verified* indexes in the page cache and on
     stable storage. Not `ok`: `hint_index`, `hint_term` is the last entry that could still agree with the leader's.

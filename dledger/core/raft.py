@@ -589,9 +589,14 @@ class Raft:
         has_leader = not is_ordered and self._hears_leader(now)
         # In a term that is already ours we may have voted, and then a grant would be a lie.
         is_term_free = message.term > self.term or (message.term == self.term and self.vote in (None, peer))
-        granted = is_term_free and not has_leader and self._accepts_log(message)
+        is_log_good = self._accepts_log(message)
+        granted = is_term_free and not has_leader and is_log_good
         self._send(peer, PreVoteReply(self.term, message.term, granted, has_leader, self.recovering))
         if not granted:
+            if not has_leader and not is_log_good and self.role is Role.FOLLOWER:
+                # The asker cannot win without us, and it just showed that a leader is missed: our log is the better one.
+                soon = now + self._rng.uniform(0.0, self.config.peer_lost_jitter_max)
+                self._election_deadline = min(self._election_deadline, soon)
             return
         if self.role is Role.PRE_CANDIDATE:
             # Two at once would split the vote. The better log, else the smaller name, goes on.
@@ -653,8 +658,9 @@ class Raft:
     def _receive_append(self, now: float, peer: str, message: Append) -> None:
         _check_shape(message, self.config.segment_bytes)
         if message.term < self.term:
-            # The sender learns our term from this and steps down (dledger#85).
-            self._send(peer, AppendReply(self.term, message.seq, False, 0, 0))
+            # The sender learns our term from this and steps down (dledger#85). No sequence: it would be taken for an
+            # answer of our term if the sender leads that one by now.
+            self._send(peer, AppendReply(self.term, 0, False, 0, 0))
             return
         if message.term > self.term:
             self._follow(now, Cause.HIGHER_TERM, message.term, peer)
@@ -939,8 +945,9 @@ class Raft:
     def _probe(self, now: float, progress: Progress) -> None:
         entries: Sequence[Entry] = ()
         if progress.next_index <= self.last_index:
-            entries = self.log.entries(progress.next_index, PROBE_BYTES_MAX)
-            if entries and len(entries[0].frame) > PROBE_BYTES_MAX:
+            bytes_max = min(PROBE_BYTES_MAX, self.config.message_bytes_max)
+            entries = self.log.entries(progress.next_index, bytes_max)
+            if entries and len(entries[0].frame) > bytes_max:
                 entries = ()
         self._send_append(now, progress, entries)
         progress.is_probe_sent = True
