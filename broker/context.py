@@ -41,7 +41,7 @@ class BrokerContext:
         self.settings_changed()
         self.clients = ClientTable(config.client_expiry_s, self._notify_members)
         self.long_poll: LongPollTable
-        self.stats = BrokerStats(config.cluster, env.clock.monotonic(), env.clock.wall_ms())
+        self.stats = BrokerStats(config.cluster, env.clock.wall_ms())
         self.resets = PendingResets()
         self.pull_offsets: dict[tuple[str, str, int], int] = {}
         """(group, topic, queue id) to the newest pull's offset, for people; thinned out by the housekeeping."""

@@ -109,7 +109,7 @@ class Forwarder:
     """The part of a node that hands requests to the leader and takes those of other nodes.
 
     `group` is the RaftGroup: its leader, its readiness, its `send_app`. `execute(conn, frame)` serves a request here;
-    `changed(conn)` notes that a connection has something to flush. `serve_stale(conn, frame, code)` may answer a request
+    `changed(conn)` notes a connection that has something to flush. `serve_stale(conn, frame, code)` may answer
     from committed tables when no leader could be found, and says whether it did. `leader_address` is for remarks.
     """
 

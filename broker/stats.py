@@ -89,7 +89,7 @@ class RateMeter:
 class BrokerStats:
     """All counters of one broker node. `sample` is called once a second."""
 
-    def __init__(self, cluster: str, now: float, wall_ms: int) -> None:
+    def __init__(self, cluster: str, wall_ms: int) -> None:
         self._cluster = cluster
         self.put = RateMeter()
         self.get_found = RateMeter()
@@ -120,7 +120,7 @@ class BrokerStats:
         self._day = wall_ms // _DAY_MS
         self.put_this_morning = self.put_yesterday_morning = 0
         self.get_this_morning = self.get_yesterday_morning = 0
-        self._next_item_sample = now
+        self._next_item_sample = float("-inf")
         self._item_samples = 0
 
     # ------------------------------------------------------------------------------------------------- counting

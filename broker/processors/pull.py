@@ -86,7 +86,7 @@ class PullProcessor:
     # -------------------------------------------------------------------------------------------------- the checks
 
     def _check(self, header: PullHeader, conn: Any) -> bytes | None:
-        """The checks of semantics.md 4.1, in order; the refusal, if any. `header.subscription` is the filter afterwards."""
+        """The checks of semantics.md 4.1, in order; the refusal, if any. `header.subscription` becomes the filter."""
         broker = self._broker
         settings = broker.settings
         if not settings.broker_permission & PERM_READ:
