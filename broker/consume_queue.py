@@ -365,9 +365,15 @@ class QueueTable:
             paths = list(queue.unsynced)
             queue.unsynced.clear()
             for path in paths:
-                file = None if queue.gone else self._open.get(path, create=False)
-                if file is not None:
+                # An own descriptor: the one in the LRU may be closed while this waits.
+                try:
+                    file = self._files.open(path)
+                except FileNotFoundError:
+                    continue  # its topic was deleted meanwhile
+                try:
                     await file.sync()
+                finally:
+                    file.close()
 
     def bounds(self) -> list[list[object]]:
         """[topic, queue id, min, max] of every queue, for the checkpoint."""

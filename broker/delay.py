@@ -57,7 +57,7 @@ class DelayProgress(PendingTable[int, int]):
         return [[level, offset] for level, offset in self.levels.items()]
 
     def restore(self, snapshot: list[list[int]] | None) -> None:
-        self.committed = dict(tuple(row) for row in snapshot or ())
+        self.committed = {row[0]: row[1] for row in snapshot or ()}
         self._pending.clear()
 
 

@@ -20,7 +20,7 @@ ProposeLocks = Callable[[list[LockRow], Callable[[bool, str | None], None]], Non
 
 
 class QueueLocks:
-    """`propose` logs owner changes and calls back after commit; `monotonic` gives seconds, `lease_s` is a lock's life."""
+    """`propose` logs owner changes and calls back after commit; `lease_s` is a lock's life on `monotonic`."""
 
     def __init__(self, propose: ProposeLocks, monotonic: Callable[[], float], lease_s: float) -> None:
         self._propose = propose
