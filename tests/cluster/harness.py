@@ -1,4 +1,4 @@
-"""A real cluster for one test: own folder, own ports, started with `quorate up --detach --json`, stopped with `down`."""
+"""A real cluster for one test: own folder and ports, started with `quorate up --detach --json`, stopped with `down`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,156 @@
+"""The main promise, on real processes: leaders are killed under load, and nothing acknowledged is lost or doubled."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import trio
+
+import quorate
+from runtime.model import Env
+from runtime.real import real_env
+from runtime.testing import wait_until
+from tests.cluster.harness import Cluster, cluster, differing, wait_for
+from tests.cluster.workload import Promises, check_stored, produce_numbers, read_all, word_of
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+TOPIC = "ledger"
+GROUP = "readers"
+PRODUCERS = 4
+KILLS = 5
+SAME_LOGS_WITHIN_S = 10.0
+
+
+async def consume(client: quorate.Client, seen: set[str]) -> None:
+    async with client.subscribe(TOPIC, group=GROUP, start="first") as inbox:
+        async for message in inbox:
+            seen.add(word_of(message))
+
+
+async def watch_offsets(client: quorate.Client, answers: dict[str, list[int]], stop: trio.Event) -> None:
+    """What the cluster answers about the group's progress, again and again."""
+    consumer = client.pull_consumer(GROUP)
+    while not stop.is_set():
+        try:
+            for queue in await consumer.queues(TOPIC):
+                offset = await consumer.committed(queue)
+                if offset is not None:
+                    answers.setdefault(str(queue), []).append(offset)
+        except quorate.QuorateError:
+            pass  # no leader for longer than a query waits; the next round asks again
+        await trio.sleep(0.05)
+
+
+async def kill_leader_and_wait(env: Env, running: Cluster) -> str:
+    def once() -> str:
+        before = {name: running.pid(name) for name in running.brokers()}
+        hit = wait_for(lambda: kill_leader(running), 10, "a leader to kill")
+        running.wait_restarted(hit, than_pid=before[hit])
+        return str(hit)
+
+    return str(await env.run_in_thread(once))
+
+
+def kill_leader(running: Cluster) -> str | None:
+    try:
+        return running.kill("leader")
+    except AssertionError as error:
+        if "no leader at the moment" in str(error):
+            return None
+        raise
+
+
+async def same_logs(env: Env, running: Cluster) -> None:
+    """The three logs are byte-identical from the highest first position to the commit position."""
+    deadline = env.clock.monotonic() + SAME_LOGS_WITHIN_S
+    while True:
+        status = [one for one in (await env.run_in_thread(running.status)).values() if one["kind"] == "broker"]
+        if all(one["state"] == "up" and one["first_position"] is not None for one in status):
+            start = max(one["first_position"] for one in status)
+            end = max(one["committed_position"] for one in status)
+            logs = [running.log_bytes(one["name"], start, end) for one in status]
+            at = differing(logs)
+            if at is None and end > start and len(logs[0]) == end - start:
+                print(f"logs of {[one['name'] for one in status]} are the same from {start} to {end}")
+                return
+            problem = f"they differ at position {None if at is None else start + at} of {start}..{end}"
+        else:
+            problem = f"not all up: {[(one['name'], one['reason']) for one in status if one['state'] != 'up']}"
+        assert env.clock.monotonic() < deadline, f"logs not the same within {SAME_LOGS_WITHIN_S:g} s: {problem}"
+        await trio.sleep(0.1)
+
+
+async def test_five_leader_kills_under_load(tmp_path: Path) -> None:
+    env = real_env()
+    promises = Promises()
+    seen: set[str] = set()
+    answers: dict[str, list[int]] = {}
+    stop = trio.Event()
+    with cluster(tmp_path / "data") as running:
+        print(f"up in {running.up_seconds:.2f} s")
+        async with quorate.connect(running.namesrv) as client, trio.open_nursery() as background:
+            await client.admin.create_topic(TOPIC, queues=4)
+            background.start_soon(consume, client, seen)
+            background.start_soon(watch_offsets, client, answers, stop)
+            async with trio.open_nursery() as nursery:
+                for number in range(PRODUCERS):
+                    nursery.start_soon(produce_numbers, client, TOPIC, f"p{number}", promises, stop)
+                for _ in range(KILLS):
+                    await trio.sleep(2.0)
+                    before = len(promises.acknowledged)
+                    hit = await kill_leader_and_wait(env, running)
+                    print(f"killed {hit}; {len(promises.acknowledged) - before} acknowledged until it was back")
+                await same_logs(env, running)
+                await trio.sleep(1.0)
+                stop.set()
+            assert len(running.killed) == KILLS
+            assert len(promises.acknowledged) > 500, promises.failures[:3]
+            found = await read_all(client, TOPIC)
+            check_stored(found, promises)
+            await wait_until(lambda: set(promises.acknowledged) <= seen, limit=30, what="all acknowledged consumed")
+            for queue, offsets in answers.items():
+                back = [(a, b) for a, b in pairwise(offsets) if b < a]
+                assert not back, f"offsets of {GROUP} went back in {queue}: {back}"
+            assert sum(map(len, answers.values())) > 50
+            await trio.sleep(0.5)  # let the last entries reach the followers' files
+            await same_logs(env, running)
+            background.cancel_scope.cancel()
+    print(f"{len(promises.acknowledged)} acknowledged, {len(promises.unknown)} unknown, {len(seen)} consumed")
+
+
+async def test_all_three_killed_at_once(tmp_path: Path) -> None:
+    env = real_env()
+    promises = Promises()
+    stop = trio.Event()
+    with cluster(tmp_path / "data") as running:
+        async with quorate.connect(running.namesrv) as client:
+            await client.admin.create_topic(TOPIC, queues=4)
+            async with trio.open_nursery() as nursery:
+                for number in range(PRODUCERS):
+                    nursery.start_soon(produce_numbers, client, TOPIC, f"p{number}", promises, stop)
+                await trio.sleep(2.0)
+                before = {name: running.pid(name) for name in running.brokers()}
+                running.kill_all_brokers_at_once()
+                await trio.sleep(0.5)
+                stop.set()
+            acknowledged_before_restart = len(promises.acknowledged)
+            assert acknowledged_before_restart > 100
+
+            def back() -> None:
+                for name, pid in before.items():
+                    running.wait_restarted(name, than_pid=pid)
+
+            await env.run_in_thread(back)
+            receipt = await client.send(TOPIC, b"after-0 ", key="after-0", timeout=15)
+            promises.note("after-0", receipt)
+            check_stored(await read_all(client, TOPIC), promises)
+            for word, (broker_name, queue_id, queue_offset) in promises.acknowledged.items():
+                matches = [m for m in await client.admin.query_by_key(TOPIC, word) if word_of(m) == word]
+                assert [(m.queue_id, m.queue_offset) for m in matches] == [(queue_id, queue_offset)], (
+                    f"{word} by key: {matches}, acknowledged in {broker_name} at {queue_id}/{queue_offset}"
+                )
+            await same_logs(env, running)
+    print(f"{len(promises.acknowledged)} acknowledged and found by key, {len(promises.unknown)} unknown")

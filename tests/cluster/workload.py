@@ -1,0 +1,110 @@
+"""Numbered messages, what was promised about each of them, and the checks of what a log shop must keep (chaos.md 4).
+
+Each producer sends its numbers one after the other to one topic, spreading over the queues; what was acknowledged is
+noted with queue and offset. Whoever reads the topic afterwards finds every acknowledged number, none twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import trio
+from attrs import Factory, define
+
+import quorate
+from quorate import Client, MessageExt, MessageQueue, SendFailed
+
+SEND_WITHIN_S = 8.0
+
+
+@define
+class Promises:
+    """What the cluster acknowledged."""
+
+    acknowledged: dict[str, tuple[str, int, int]] = Factory(dict)
+    """body -> (broker name, queue id, queue offset)"""
+    unknown: set[str] = Factory(set)
+    """Sent, not acknowledged: stored or not, both are right."""
+    failures: list[str] = Factory(list)
+
+    def note(self, body: str, receipt: quorate.SendReceipt) -> None:
+        self.acknowledged[body] = (receipt.broker_name, receipt.queue_id, receipt.queue_offset)
+
+
+async def produce_numbers(
+    client: Client,
+    topic: str,
+    name: str,
+    promises: Promises,
+    stop: trio.Event,
+    *,
+    pause_s: float = 0.002,
+    padding: int = 200,
+) -> None:
+    """Send `name-0`, `name-1`, ... until told to stop. The key of each message is its body's first word."""
+    queues: Sequence[MessageQueue] = ()
+    number = 0
+    while not stop.is_set():
+        word = f"{name}-{number}"
+        body = f"{word} ".ljust(padding, ".")
+        try:
+            if not queues:
+                queues = await client.pull_consumer("TOOLS_CONSUMER").queues(topic)
+            queue = queues[number % len(queues)]
+            receipt = await client.send(topic, body.encode(), key=word, queue=queue, timeout=SEND_WITHIN_S)
+        except SendFailed as error:
+            promises.unknown.add(word)
+            promises.failures.append(str(error))
+        else:
+            assert word not in promises.acknowledged
+            promises.note(word, receipt)
+        number += 1
+        await trio.sleep(pause_s)
+
+
+async def read_all(client: Client, topic: str) -> dict[MessageQueue, list[MessageExt]]:
+    """Every message of a topic, queue by queue, from the smallest to the largest offset."""
+    found: dict[MessageQueue, list[MessageExt]] = {}
+    consumer = client.pull_consumer("READER")
+    for queue in await consumer.queues(topic):
+        offset, end = await consumer.min_offset(queue), await consumer.max_offset(queue)
+        messages: list[MessageExt] = []
+        while offset < end:
+            result = await consumer.pull(queue, offset, max_messages=32)
+            messages += result.messages
+            assert result.next_offset > offset, f"{queue}: a pull at {offset} of {end} does not move on"
+            offset = result.next_offset
+        found[queue] = messages
+    return found
+
+
+def word_of(message: MessageExt) -> str:
+    return bytes(message.body).decode().split(" ", 1)[0]
+
+
+def check_stored(found: Mapping[MessageQueue, Sequence[MessageExt]], promises: Promises) -> None:
+    """Nothing acknowledged is missing or moved, nothing is there twice, no offset is used twice, order is kept."""
+    place: dict[str, tuple[str, int, int]] = {}
+    twice: list[str] = []
+    for queue, messages in found.items():
+        offsets = [message.queue_offset for message in messages]
+        assert offsets == list(range(offsets[0], offsets[0] + len(offsets))) if offsets else True, f"{queue}: {offsets}"
+        last: dict[str, int] = {}
+        for message in messages:
+            word = word_of(message)
+            if word in place:
+                twice.append(word)
+            place[word] = (queue.broker_name, queue.queue_id, message.queue_offset)
+            producer, _, number = word.partition("-")
+            assert last.get(producer, -1) < int(number), f"{queue}: {word} after {producer}-{last[producer]}"
+            last[producer] = int(number)
+    assert not twice, f"stored twice: {twice[:10]} and {max(0, len(twice) - 10)} more"
+    missing = [word for word in promises.acknowledged if word not in place]
+    assert not missing, f"acknowledged but not there: {missing[:10]} and {max(0, len(missing) - 10)} more"
+    moved = {word: (at, place[word]) for word, at in promises.acknowledged.items() if place[word] != at}
+    assert not moved, f"not where the acknowledgement said: {dict(list(moved.items())[:5])}"
+    strangers = [word for word in place if word not in promises.acknowledged and word not in promises.unknown]
+    assert not strangers, f"nobody sent these: {strangers[:10]}"
+    used = sorted(promises.acknowledged.values())
+    assert all(a != b for a, b in pairwise(used)), "two acknowledgements with the same queue offset"
