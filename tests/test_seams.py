@@ -58,6 +58,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     ),
     # signals are how an operating system asks a server to stop
     "chaos.live": frozenset({"signal"}),
+    # seeds are independent of each other: several processes may play them side by side
+    "chaos.commands": frozenset({"multiprocessing"}),
     # the simulated world makes its streams of chance from the seed
     "chaos.sim": frozenset({"random.Random()"}),
 }

@@ -13,19 +13,23 @@ LINE_LENGTH = 120
 LEFT_FOR_LATER = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
 WIDE = frozenset({"Exception", "BaseException"})
 
+# Functions that hold an exception of any kind and raise it later, by name, with the reason.
+HELD_AND_RAISED_LATER = {
+    "background_nursery": "raises after its nursery has ended what the block under it raised, without a group around it",
+}
+
 
 def _handler_faults(node: ast.ExceptHandler) -> str | None:
     if node.type is None:
         return "a bare except; name what is caught"
     caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
     names = {item.id if isinstance(item, ast.Name) else getattr(item, "attr", "") for item in caught}
-    if "Cancelled" in names:
+    if "Cancelled" in names and not isinstance(node.body[0], ast.Raise):
         return "Cancelled is trio's own; never catch it"
     if not names & WIDE:
         return None
-    last = node.body[-1]
-    if names == {"BaseException"} and isinstance(last, ast.Raise) and last.exc is None:
-        return None  # cleaning up and passing it on catches nothing
+    if isinstance(node.body[-1], ast.Raise):
+        return None  # cleaning up, or giving it a better name, and passing it on catches nothing
     return f"a wide except ({', '.join(sorted(names & WIDE))}); name what is caught"
 
 
@@ -46,10 +50,16 @@ def faults_of(module: Module) -> list[str]:
             found.append((number, f"{len(line)} characters in a line"))
         if LEFT_FOR_LATER.search(line):
             found.append((number, "left for later"))
+    later = {
+        handler
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name in HELD_AND_RAISED_LATER
+        for handler in ast.walk(node)
+    }
     for node in ast.walk(module.tree):
         if isinstance(node, ast.ExceptHandler):
             fault = _handler_faults(node)
-            if fault:
+            if fault and node not in later:
                 found.append((node.lineno, fault))
         elif isinstance(node, ast.Call):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
@@ -72,10 +82,10 @@ def test_the_product_is_tidy() -> None:
     "text",
     [
         "try:\n    f()\nexcept:\n    pass",
-        "try:\n    f()\nexcept Exception:\n    raise",
+        "try:\n    f()\nexcept Exception:\n    if log():\n        raise",
         "try:\n    f()\nexcept (ValueError, Exception) as error:\n    log(error)",
         "try:\n    f()\nexcept BaseException:\n    log()",
-        "try:\n    f()\nexcept trio.Cancelled:\n    raise",
+        "try:\n    f()\nexcept trio.Cancelled:\n    log()\n    raise",
         "trio.open_memory_channel(math.inf)",
         "trio.open_memory_channel(float('inf'))",
         "x = 1  # TO" + "DO: later",
@@ -91,6 +101,8 @@ def test_an_untidy_line_is_found(text: str) -> None:
     "text",
     [
         "try:\n    f()\nexcept BaseException:\n    close()\n    raise",
+        "try:\n    f()\nexcept Exception as error:\n    raise Better() from error",
+        "try:\n    f()\nexcept trio.Cancelled:\n    raise",
         "try:\n    f()\nexcept* (OSError, ValueError):\n    log()",
         "trio.open_memory_channel(limit)",
         "never = math.inf",
