@@ -13,9 +13,10 @@ LINE_LENGTH = 120
 LEFT_FOR_LATER = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
 WIDE = frozenset({"Exception", "BaseException"})
 
-# Functions that hold an exception of any kind and raise it later, by name, with the reason.
-HELD_AND_RAISED_LATER = {
-    "background_nursery": "raises after its nursery has ended what the block under it raised, without a group around it",
+# Functions that catch whatever there is on purpose, by name, with the reason.
+WIDE_ON_PURPOSE = {
+    "background_nursery": "raises it later, without the group that its nursery would put around it",
+    "run_handler": "calls the user's code, and decides the message's fate whatever that raised",
 }
 
 
@@ -50,16 +51,16 @@ def faults_of(module: Module) -> list[str]:
             found.append((number, f"{len(line)} characters in a line"))
         if LEFT_FOR_LATER.search(line):
             found.append((number, "left for later"))
-    later = {
+    on_purpose = {
         handler
         for node in ast.walk(module.tree)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name in HELD_AND_RAISED_LATER
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name in WIDE_ON_PURPOSE
         for handler in ast.walk(node)
     }
     for node in ast.walk(module.tree):
         if isinstance(node, ast.ExceptHandler):
             fault = _handler_faults(node)
-            if fault and node not in later:
+            if fault and node not in on_purpose:
                 found.append((node.lineno, fault))
         elif isinstance(node, ast.Call):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
