@@ -216,8 +216,10 @@ class PullProcessor:
         codes = tag_hashes(header.subscription)
         config = self._broker.config
         messages_max = min(wanted, config.pull_max_messages)
-        scan = messages_max if codes is None else max(UNITS_SCANNED_MAX, messages_max)
-        units = self._queues.units(topic, queue_id, offset, scan)
+        scan_end = offset + (messages_max if codes is None else max(UNITS_SCANNED_MAX, messages_max))
+        # Few units are needed where most of them match, so a filter's scan goes in growing steps.
+        step = min(scan_end - offset, 2 * messages_max)
+        units = self._queues.units(topic, queue_id, offset, step)
         hot = self._group.is_hot(UNIT.unpack_from(units)[0])
         if hot:
             bytes_max = config.pull_max_bytes
@@ -225,25 +227,31 @@ class PullProcessor:
             messages_max, bytes_max = min(wanted, COLD_MESSAGES_MAX), COLD_BYTES_MAX
         ranges: Ranges = []
         count = total = 0
-        scanned = 0
+        next_begin = offset
         start = end = -1
-        for physical_offset, size, tags_code in UNIT.iter_unpack(units):
-            if codes is not None and (tags_code & 0xFFFFFFFF) not in codes:
-                scanned += 1
-                continue
-            if count and (count == messages_max or total + size > bytes_max):
+        full = False
+        while True:
+            for physical_offset, size, tags_code in UNIT.iter_unpack(units):
+                if codes is not None and (tags_code & 0xFFFFFFFF) not in codes:
+                    next_begin += 1
+                    continue
+                if count and (count == messages_max or total + size > bytes_max):
+                    full = True
+                    break
+                if physical_offset == end:
+                    end += size
+                else:
+                    if end > 0:
+                        ranges.append((start, end))
+                    start = physical_offset
+                    end = physical_offset + size
+                count += 1
+                total += size
+                next_begin += 1
+            if full or count == messages_max or next_begin >= scan_end or next_begin >= high:
                 break
-            if physical_offset == end:
-                end += size
-            else:
-                if end > 0:
-                    ranges.append((start, end))
-                start = physical_offset
-                end = physical_offset + size
-            count += 1
-            total += size
-            scanned += 1
-        next_begin = offset + scanned
+            step *= 4
+            units = self._queues.units(topic, queue_id, next_begin, min(step, scan_end - next_begin))
         if not count:
             self._write_empty(header, conn, _RETRY, "NO_MATCHED_MESSAGE", next_begin, low, high)
             return
