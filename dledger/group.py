@@ -6,19 +6,37 @@ await nursery.start(group.run)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import trio
+from attrs import evolve
 
 from dledger.config import GroupConfig
-from dledger.core.types import HEADER_BYTES, Role
-from dledger.errors import NotLeader, Overloaded, TooLarge
+from dledger.core.errors import LocalError
+from dledger.core.raft import Raft
+from dledger.core.types import HEADER_BYTES, EntryType, HardState, Role
+from dledger.driver import APPLY_SECONDS_MAX, Driver, Staged
+from dledger.errors import CoreStopped, FormatError, LedgerError, LogDamaged, NotLeader, Overloaded, TooLarge
 from dledger.machine import EntryView, GroupStatistics, StateMachine
+from dledger.open_batch import OpenBatch
+from dledger.peers import Peers
+from dledger.store.checkpoint import read_checkpoint, write_checkpoint
+from dledger.store.format import FORMAT_FILE, Format, check_format, read_format
+from dledger.store.log_store import LogStore, format_folder, is_blank
+from dledger.store.meta import MetaFile, boot_tag
+from dledger.store.recovery import RecoveredLog
 from runtime.logs import Logger
 from runtime.model import Env, Listener
 
 __all__ = ["EntryView", "GroupStatistics", "NotLeader", "Overloaded", "RaftGroup", "Role", "StateMachine", "TooLarge"]
+
+REPLAY_BYTES = 1024 * 1024
+HOT_BYTES = 64 * 1024 * 1024
+"""The end of the log that is taken to be in the page cache."""
+BODY_OFFSET = HEADER_BYTES
+"""From an entry's position to the physical offset of the first byte of its body."""
 
 
 class RaftGroup:
@@ -33,150 +51,339 @@ class RaftGroup:
         self.node_id = config.node_id
         self.group_uuid = config.group_uuid
         self._env = env
-        self._log = log
+        self._log = log.bind(group=config.group, node=config.node_id)
         self._listener = listener
+        self._driver: Driver | None = None
+        self._batch = OpenBatch()
+        self.reserve: Callable[[int], int] = self._batch.reserve
+        """Physical offset that the next record, of this size, will get; `add_record` must follow before any await.
+
+        Leader only. Raises NotLeader, Overloaded (nothing was logged) or TooLarge.
+        """
+        self.add_record: Callable[[bytes], None] = self._batch.add_record
+        """Put the reserved record into the open batch."""
+        self._stopped = trio.Event()
+        self._is_stopping = False
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Recover the log, replay it, listen, take part. `started()` once recovered and listening. Returns after
-        `stop_gracefully`. Raises LedgerError with one sentence where the node cannot or must not serve.
+        `stop_gracefully`. Raises LedgerError, Locked or OSError with one sentence where the node cannot or must not
+        serve.
         """
-        task_status.started()
-        await trio.sleep_forever()
+        try:
+            await self._run(task_status)
+        except BaseExceptionGroup as group:
+            cause = _cause(group)
+            if cause is None:
+                raise
+            raise cause from group
+        finally:
+            self._stopped.set()
+
+    async def _run(self, task_status: trio.TaskStatus[None]) -> None:
+        env, folder = self._env, self.config.data_dir
+        env.files.make_dirs(folder)
+        with env.files.lock(f"{folder}/lock"):
+            identity = self._identify()
+            meta = MetaFile.open(env.files, folder, identity)
+            try:
+                store, recovered = await LogStore.open(env, folder, identity.segment_bytes, meta)
+                try:
+                    await self._serve(store, recovered, meta, identity, task_status)
+                finally:
+                    store.abandon()
+            finally:
+                meta.close()
+
+    def _identify(self) -> Format:
+        """The folder's format: checked, or made where that is asked for."""
+        env, config, folder = self._env, self.config, self.config.data_dir
+        wanted = Format(
+            cluster=config.cluster,
+            cluster_uuid=config.effective_cluster_uuid,
+            group=config.group,
+            group_uuid=config.group_uuid,
+            node_id=config.node_id,
+            segment_bytes=config.segment_bytes,
+        )
+        found = read_format(env.files, folder)
+        if found is None:
+            if not is_blank(env, folder):
+                raise FormatError(f"data folder {folder} holds a log but no {FORMAT_FILE}: refusing to touch it")
+            if not config.format_if_empty:
+                raise FormatError(f"data folder {folder} is not formatted; start the node once with --format")
+            format_folder(env, folder, wanted)
+            self._log.info("data folder formatted", folder=folder, group_uuid=wanted.group_uuid)
+            return wanted
+        check_format(folder, found, wanted)
+        if found.segment_bytes != wanted.segment_bytes:
+            self._log.warning(
+                "segment size of the data folder differs from the configured one and stays",
+                folder=folder,
+                segment_bytes=found.segment_bytes,
+            )
+        return found
+
+    async def _serve(
+        self,
+        store: LogStore,
+        recovered: RecoveredLog,
+        meta: MetaFile,
+        identity: Format,
+        task_status: trio.TaskStatus[None],
+    ) -> None:
+        env, config = self._env, self.config
+        boot = boot_tag(env.ids.boot_id)
+        saved = meta.saved
+        recovering = config.flush == "async" and not saved.clean and saved.boot != boot
+        self._log.info(
+            "log recovered",
+            last_index=store.last_index,
+            term=saved.term,
+            end=store.position_end,
+            walked=recovered.entries_walked,
+            bytes_cut=recovered.bytes_cut,
+            commit_hint=recovered.commit_hint,
+            recovering=recovering,
+        )
+        await meta.save_started(boot)
+        staged, applied_index = await self._replay(store, recovered.commit_hint)
+        listener = self._listener
+        if listener is None:
+            listener = await env.net.listen(*config.listen_address)
+        raft_config = evolve(config.raft_config(), segment_bytes=identity.segment_bytes)
+        driver = Driver(
+            env,
+            config,
+            self.machine,
+            self._log,
+            store=store,
+            meta=meta,
+            batch=self._batch,
+            make_core=lambda now: Raft(
+                config.node_id,
+                config.peers,
+                raft_config,
+                env.rng(f"raft/{config.group}/{config.node_id}"),
+                HardState(saved.term, saved.vote),
+                store,
+                now,
+                commit_index=applied_index,
+                recovering=recovering,
+            ),
+            make_peers=lambda driver: Peers(env, config, identity.segment_bytes, self._log, driver),
+            staged=staged,
+            applied_index=applied_index,
+            segment_bytes=identity.segment_bytes,
+        )
+        self._driver = driver
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(driver.peers.run, listener)
+                if self._is_stopping:
+                    driver.stop()
+                task_status.started()
+                await driver.run()
+                nursery.cancel_scope.cancel()
+        except LocalError as error:
+            raise CoreStopped(str(error)) from error
+        finally:
+            self._driver = None  # from here on this is a group that does not lead; reading ends too
+            self._batch.stop(None)
+            with trio.CancelScope(shield=True):
+                await listener.aclose()
+        await store.close()
+        await meta.save_mark(store.durable_index, clean=True)
+
+    async def _replay(self, store: LogStore, commit_hint: int) -> tuple[deque[Staged], int]:
+        """Bring the machine to what is known to be committed; stage, but do not apply, what lies behind."""
+        machine = self.machine
+        checkpoint = read_checkpoint(self._env.files, self.config.data_dir)
+        covered = machine.restore(checkpoint[1]) if checkpoint is not None else machine.restore(None)
+        if covered > store.last_index:
+            self._log.warning("checkpoint lies behind the end of the log", covers=covered, last_index=store.last_index)
+            covered = machine.restore(None)
+        if covered + 1 < store.first_index:
+            raise LogDamaged(f"the log begins at entry {store.first_index}, but tables are known only up to {covered}")
+        applied_index = max(covered, commit_hint)
+        staged: deque[Staged] = deque()
+        index = covered + 1
+        slice_end = self._env.clock.monotonic() + APPLY_SECONDS_MAX
+        while index <= store.last_index:
+            entries = store.entries(index, REPLAY_BYTES)
+            for entry in entries:
+                if entry.type == EntryType.DATA:
+                    view = machine.stage(EntryView(entry))
+                    if entry.index <= applied_index:
+                        machine.apply(entry.index, entry.term, view)
+                    else:
+                        staged.append(Staged(entry, view, False, 0.0))
+                if self._env.clock.monotonic() > slice_end:
+                    machine.turn_done()
+                    await trio.lowlevel.checkpoint()
+                    slice_end = self._env.clock.monotonic() + APPLY_SECONDS_MAX
+            index = entries[-1].index + 1
+        machine.turn_done()
+        return staged, applied_index
 
     @property
     def role(self) -> Role:
-        return Role.FOLLOWER
+        return self._driver.role if self._driver is not None else Role.FOLLOWER
 
     @property
     def term(self) -> int:
-        return 0
+        return self._driver.term if self._driver is not None else 0
 
     @property
     def leader_id(self) -> str | None:
-        return None
+        return self._driver.leader_id if self._driver is not None else None
 
     @property
     def is_ready_leader(self) -> bool:
         """Leads, and the no-op of its term is applied; False while leadership is being handed over."""
-        return False
+        driver = self._driver
+        return driver is not None and driver.is_ready and driver.batch.leading
 
     @property
     def first_position(self) -> int:
-        return 0
+        return self._driver.store.first_position if self._driver is not None else 0
 
     @property
     def committed_position(self) -> int:
         """End of what is applied: reads end here."""
-        return 0
+        return self._driver.committed_position if self._driver is not None else 0
 
     @property
     def end_position(self) -> int:
         """End of the log, uncommitted entries included."""
-        return 0
+        return self._driver.store.position_end if self._driver is not None else 0
 
     def statistics(self) -> GroupStatistics:
+        """A look at the group, for status commands; costs some microseconds per peer. Before `run` all is zero."""
+        driver = self._driver
+        config = self.config
+        if driver is None:
+            return GroupStatistics(node_id=self.node_id, flush=config.flush)
+        core, store = driver.core, driver.store
+        progress = core.progress if core.is_leader else {}
+        others = [peer for peer in sorted(config.peers) if peer != self.node_id]
         return GroupStatistics(
             node_id=self.node_id,
-            role=self.role,
-            term=self.term,
-            leader_id=self.leader_id,
-            ready=False,
-            recovering=False,
-            flush=self.config.flush,
-            first_index=1,
-            last_index=0,
-            written_index=0,
-            durable_index=0,
-            commit_index=0,
-            applied_index=0,
-            first_position=0,
-            committed_position=0,
-            end_position=0,
-            acknowledged={},
-            lag_bytes={},
-            connected={},
-            waiting_records=0,
-            disk_ok=True,
-            loop_saturation=0.0,
-            counters={},
+            role=driver.role,
+            term=driver.term,
+            leader_id=driver.leader_id,
+            ready=self.is_ready_leader,
+            recovering=core.recovering,
+            flush=config.flush,
+            first_index=store.first_index,
+            last_index=store.last_index,
+            written_index=store.written_index,
+            durable_index=store.durable_index,
+            commit_index=core.commit_index,
+            applied_index=driver.applied_index,
+            first_position=store.first_position,
+            committed_position=driver.committed_position,
+            end_position=store.position_end,
+            acknowledged={peer: each.written for peer, each in progress.items()},
+            lag_bytes={peer: store.position_end - store.end_of(each.written) for peer, each in progress.items()},
+            connected={peer: driver.peers.is_connected(peer) for peer in others},
+            waiting_records=driver.waiting_records,
+            disk_ok=core.is_disk_ok,
+            loop_saturation=driver.saturation,
+            counters={**driver.counters, "turns": driver.turns},
         )
 
-    # The open batch: leader only, between two awaits.
-
-    def reserve(self, record_bytes: int) -> int:
-        """Physical offset that the next record, of this size, will get; `add_record` must follow before any await.
-
-        Raises NotLeader, Overloaded (nothing was logged) or TooLarge.
-        """
-        raise NotLeader(self.leader_id)
-
-    def add_record(self, record: bytes) -> None:
-        """Put the reserved record into the open batch."""
-        raise NotLeader(self.leader_id)
+    # The open batch: leader only, between two awaits. `reserve` and `add_record`, called once per message, are the
+    # batch's own methods (see __init__).
 
     def open_staged(self) -> Any | None:
         """What `set_open_staged` stored for the batch that is open now, else None. Ask after `reserve`."""
-        return None
+        return self._batch.staged
 
     def set_open_staged(self, staged: Any) -> None:
         """Keep the caller's rows and waiters of the open batch; they come back in apply, discard or orphan."""
-        raise NotLeader(self.leader_id)
+        self._batch.staged = staged
 
     def seal(self) -> None:
         """Make one entry of the open batch now. Otherwise the driver does, in its turn."""
+        self._batch.seal()
 
     def propose(self, *, records: Sequence[bytes] = (), ops: bytes = b"", staged: Any) -> int:
         """One DATA entry of its own: records encoded for `position_for(total)`, then the ops tail. Returns its index.
 
-        `position_for` must have been called for the same total in the same step when there are records.
+        When there are records, `position_for` must have been called for the same total in the same step. Raises as
+        `reserve`.
         """
-        raise NotLeader(self.leader_id)
+        return self._batch.propose(records, ops, staged)
 
     def position_for(self, total_bytes: int) -> int:
         """Physical offset of the first byte of the next entry of its own, of a body of `total_bytes` (ops included).
         Seals the open batch. Raises as `reserve`.
         """
-        raise NotLeader(self.leader_id)
+        return self._batch.position_for(total_bytes)
 
     def wake(self) -> None:
         """Schedule a driver turn."""
+        if self._driver is not None:
+            self._driver.wake()
 
     # Reading, bounded by what is applied.
 
     def read(self, physical_offset: int, nbytes: int) -> memoryview | None:
         """Bytes of the log without a copy. None where they are not all between first and committed position, or
         cross a segment's end."""
-        return None
+        driver = self._driver
+        if driver is None or physical_offset < 0 or physical_offset + nbytes > driver.committed_position:
+            return None
+        return driver.store.read(physical_offset, nbytes)
 
     async def read_cold(self, physical_offset: int, nbytes: int) -> bytes | None:
-        """As `read`, in a thread where the bytes are not in memory. Checkpoint."""
-        await trio.lowlevel.checkpoint()
-        return None
+        """As `read`, in a thread: for bytes that may have to come from the disk. Checkpoint."""
+        driver = self._driver
+        if driver is None or physical_offset < 0 or physical_offset + nbytes > driver.committed_position:
+            await trio.lowlevel.checkpoint()
+            return None
+        return await driver.store.read_in_thread(physical_offset, nbytes)
 
     def is_hot(self, physical_offset: int) -> bool:
-        """Whether `read` there surely does not wait for a disk."""
-        return False
+        """Whether `read` there is sure to find the bytes in memory."""
+        return self.end_position - physical_offset <= HOT_BYTES
 
     # Other duties.
 
     def send_app(self, peer_id: str, payload: bytes) -> bool:
         """Send over the authenticated peer stream; may get lost. False when not connected or the queue is full."""
-        return False
+        return self._driver is not None and self._driver.peers.send_app(peer_id, payload)
 
     def transfer_leadership(self, target: str | None = None) -> None:
         """Hand leadership over (to the most advanced peer when None). Does nothing on a follower."""
+        if self._driver is not None and self._driver.role is Role.LEADER:
+            self._driver.transfer(target)
 
     async def stop_gracefully(self) -> None:
         """Final sync, clean-stop mark, and `run` returns. Does not transfer leadership. Checkpoint."""
-        await trio.lowlevel.checkpoint()
+        self._is_stopping = True
+        if self._driver is not None:
+            self._driver.stop()
+        await self._stopped.wait()
 
     def save_checkpoint(self, index: int, blob: bytes) -> None:
         """Keep `blob`, the state machine's tables after entry `index`; the next start hands it to `restore`.
 
         Replaces the previous one atomically. Waits for the disk, so call it in a thread (`env.run_in_thread`).
         """
-        raise ValueError("the group has not started")
+        write_checkpoint(self._env.files, self.config.data_dir, index, blob)
 
 
-BODY_OFFSET = HEADER_BYTES
-"""From an entry's position to the physical offset of the first byte of its body."""
+def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException | None:
+    """The one error in a group that says why a node stops; None where there is none or something else besides."""
+    leaves: list[BaseException] = []
+    waiting: list[BaseException] = [group]
+    while waiting:
+        error = waiting.pop()
+        if isinstance(error, BaseExceptionGroup):
+            waiting.extend(error.exceptions)
+        else:
+            leaves.append(error)
+    told = [error for error in leaves if isinstance(error, LedgerError | OSError)]
+    return told[0] if len(told) == len(leaves) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from attrs import frozen
+from attrs import field, frozen
 
 from dledger.core.types import HEADER_BYTES, Entry, Role
 
@@ -74,28 +74,28 @@ class GroupStatistics:
     """One consistent look at a group. Indexes are of entries, positions and lags in bytes of the log."""
 
     node_id: str
-    role: Role
-    term: int
-    leader_id: str | None
-    ready: bool
-    recovering: bool
     flush: str
-    first_index: int
-    last_index: int
-    written_index: int
-    durable_index: int
-    commit_index: int
-    applied_index: int
-    first_position: int
-    committed_position: int
-    end_position: int
-    acknowledged: Mapping[str, int]
+    role: Role = Role.FOLLOWER
+    term: int = 0
+    leader_id: str | None = None
+    ready: bool = False
+    recovering: bool = False
+    first_index: int = 1
+    last_index: int = 0
+    written_index: int = 0
+    durable_index: int = 0
+    commit_index: int = 0
+    applied_index: int = 0
+    first_position: int = 0
+    committed_position: int = 0
+    end_position: int = 0
+    acknowledged: Mapping[str, int] = field(factory=dict)
     """Per peer: the highest index it has acknowledged (as leader; empty otherwise)."""
-    lag_bytes: Mapping[str, int]
-    """Per peer: bytes of the log it has not acknowledged."""
-    connected: Mapping[str, bool]
-    waiting_records: int
-    disk_ok: bool
-    loop_saturation: float
+    lag_bytes: Mapping[str, int] = field(factory=dict)
+    """Per peer: bytes of the log it has not acknowledged (as leader)."""
+    connected: Mapping[str, bool] = field(factory=dict)
+    waiting_records: int = 0
+    disk_ok: bool = True
+    loop_saturation: float = 0.0
     """Share of the last second that this group's turns took of the loop."""
-    counters: Mapping[str, int]
+    counters: Mapping[str, int] = field(factory=dict)

@@ -355,7 +355,7 @@ class LogStore:
             if active.first_index >= from_index:
                 active.first_index = 0
             self._dirty = [segment for segment in self._dirty if segment not in removed and segment is not active]
-            if self._meta.saved.durable_index >= from_index:
+            if self._meta.durable_mark >= from_index:
                 await self._meta.save_mark(self.last_index)
             try:
                 await self._env.run_in_thread(self._cut_files, active, removed, new_end, old_end)

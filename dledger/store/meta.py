@@ -149,6 +149,11 @@ class MetaFile:
         """What is on stable storage."""
         return self._saved
 
+    @property
+    def durable_mark(self) -> int:
+        """The mark on stable storage, or on its way there."""
+        return max(self._saved.durable_index, self._wanted.durable_index)
+
     async def save_hard_state(self, term: int, vote: str | None) -> None:
         """Returns when term and vote are on stable storage. Checkpoint. Raises StoreFailed (final)."""
         self._wanted = evolve(self._wanted, term=term, vote=vote)

@@ -1,0 +1,517 @@
+"""Connections between the members of a group.
+
+Every node dials every other one. What a node asks (votes, appends, app messages) goes out on the connection it dialled,
+and the answers come back on it, both in order. Sending is synchronous as long as the socket takes the bytes; the rest
+waits in a bounded queue for the connection's writer task.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Protocol
+
+import trio
+
+from dledger.config import GroupConfig
+from dledger.core.messages import Append, AppendReply, Message, PreVoteReply, VoteReply
+from dledger.core.types import Buffer
+from dledger.wire import (
+    APP_BYTES_MAX,
+    KIND_APP,
+    KIND_HELLO,
+    KIND_PING,
+    KIND_PONG,
+    KIND_PROOF,
+    KIND_REFUSED,
+    KIND_WELCOME,
+    MESSAGE_BYTES_MAX,
+    NONCE_BYTES,
+    PROTOCOL_VERSION,
+    Hello,
+    MessageReader,
+    Received,
+    WireError,
+    decode_hello,
+    decode_raft,
+    encode,
+    encode_raft,
+    is_proof,
+    prove,
+)
+from runtime.logs import Logger
+from runtime.model import Env, Listener, Stream
+
+RECONNECT_SECONDS_MIN = 0.020
+RECONNECT_SECONDS_MAX = 1.0
+DIAL_SECONDS_MAX = 2.0
+HANDSHAKE_SECONDS_MAX = 2.0
+PING_AFTER_SECONDS = 1.0
+SILENT_SECONDS_MAX = 5.0
+"""A dialled connection that answers nothing for so long is dead, whatever TCP says."""
+QUEUE_BYTES_MAX = 16 * 1024 * 1024
+QUEUE_MESSAGES_MAX = 1024
+APP_QUEUE_BYTES_MAX = 64 * 1024 * 1024
+HARD_LOSS_ATTEMPTS = 3
+COMPLAINT_SECONDS = 60.0
+INCOMING_MAX = 64
+"""Connections that may wait for their handshake at once."""
+
+
+class PeerEvents(Protocol):
+    """Who hears of it: the driver. `pump` ends each delivery; the others only note what came."""
+
+    def on_message(self, peer: str, message: Message) -> None: ...
+
+    def on_app_message(self, peer: str, payload: bytes) -> None: ...
+
+    def on_peer_up(self, peer: str) -> None: ...
+
+    def on_peer_lost(self, peer: str, hard: bool) -> None: ...
+
+    def pump(self) -> None: ...
+
+
+class Refused(Exception):
+    """The other side is not who it should be, or will not have us. The message is for the log."""
+
+
+class Link:
+    """One authenticated connection to a peer."""
+
+    def __init__(self, peer: str, stream: Stream, reader: MessageReader, now: float) -> None:
+        self.peer = peer
+        self.stream = stream
+        self.reader = reader
+        self.last_received = now
+        self.last_sent = now
+        self.is_closed = False
+        self.dropped = 0
+        self._urgent: deque[list[Buffer]] = deque()
+        self._queue: deque[tuple[list[Buffer], int, bool]] = deque()
+        self._queued_bytes = 0
+        self._app: deque[list[Buffer]] = deque()
+        self._app_bytes = 0
+        self._rest: list[Buffer] = []
+        self._is_writing = False
+        self._writer: trio.lowlevel.Task | None = None
+
+    @property
+    def _has_backlog(self) -> bool:
+        return self._is_writing or bool(self._rest or self._queue or self._urgent or self._app)
+
+    def send(self, message: Message) -> None:
+        """Send now, or queue. Votes pass what is queued; of too much, the oldest Append goes. Order is kept otherwise:
+        a heartbeat must not arrive before the entries it names as predecessor.
+        """
+        parts = encode_raft(message)
+        if not self._has_backlog:
+            self._send_now(parts)
+            return
+        kind = type(message)
+        if kind is not Append and kind is not AppendReply:
+            if len(self._urgent) >= QUEUE_MESSAGES_MAX:
+                self._urgent.popleft()
+                self.dropped += 1
+            self._urgent.append(parts)
+        else:
+            nbytes = sum(map(len, parts))
+            self._queue.append((parts, nbytes, kind is Append))
+            self._queued_bytes += nbytes
+            while len(self._queue) > 1 and (
+                self._queued_bytes > QUEUE_BYTES_MAX or len(self._queue) > QUEUE_MESSAGES_MAX
+            ):
+                self._queued_bytes -= self._queue.popleft()[1]
+                self.dropped += 1
+        self._wake_writer()
+
+    def send_app(self, payload: bytes) -> bool:
+        """False when the queue is full."""
+        parts = encode(KIND_APP, (), payload)
+        if not self._has_backlog:
+            self._send_now(parts)
+            return not self.is_closed
+        if self._app_bytes + len(payload) > APP_QUEUE_BYTES_MAX or self.is_closed:
+            return False
+        self._app.append(parts)
+        self._app_bytes += len(payload)
+        self._wake_writer()
+        return True
+
+    def send_control(self, kind: int) -> None:
+        """A ping or pong; not worth a place in the queue when there is one."""
+        if not self._has_backlog:
+            self._send_now(encode(kind, ()))
+
+    def _send_now(self, parts: list[Buffer]) -> None:
+        if self.is_closed:
+            return
+        try:
+            taken = self.stream.send_nowait(parts)
+        except trio.BrokenResourceError:
+            self.close()
+            return
+        for number, part in enumerate(parts):
+            nbytes = len(part)
+            if taken < nbytes:
+                self._rest = [memoryview(part)[taken:] if taken else part, *parts[number + 1 :]]
+                self._wake_writer()
+                return
+            taken -= nbytes
+
+    def _wake_writer(self) -> None:
+        task = self._writer
+        if task is not None:
+            self._writer = None
+            trio.lowlevel.reschedule(task)
+
+    def _next(self) -> Sequence[Buffer]:
+        if self._rest:
+            parts: Sequence[Buffer] = self._rest
+            self._rest = []
+            return parts
+        if self._urgent:
+            return self._urgent.popleft()
+        if self._queue:
+            parts, nbytes, _ = self._queue.popleft()
+            self._queued_bytes -= nbytes
+            return parts
+        parts = self._app.popleft()
+        self._app_bytes -= len(parts[-1])
+        return parts
+
+    async def write_queued(self) -> None:
+        """The writer task: sends what `send` had to leave behind. Ends when the connection breaks."""
+        while True:
+            while self._rest or self._urgent or self._queue or self._app:
+                self._is_writing = True
+                try:
+                    await self.stream.send_parts(self._next())
+                except trio.BrokenResourceError:
+                    self.close()
+                    return
+                finally:
+                    self._is_writing = False
+            self._writer = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(self._abort_wait)
+
+    def _abort_wait(self, _: object) -> trio.lowlevel.Abort:
+        self._writer = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    def close(self) -> None:
+        """At once; the reader then sees the end of the stream."""
+        if not self.is_closed:
+            self.is_closed = True
+            self.stream.abort()
+
+
+class Peers:
+    """The member's side of all its connections. `run` is one service; the rest is synchronous."""
+
+    def __init__(self, env: Env, config: GroupConfig, segment_bytes: int, log: Logger, events: PeerEvents) -> None:
+        self._env = env
+        self._config = config
+        self._segment_bytes = segment_bytes
+        self._log = log
+        self._events = events
+        self._rng = env.rng(f"peers/{config.group}/{config.node_id}")
+        self._monotonic = env.clock.monotonic
+        self._dialled: dict[str, Link] = {}
+        self._accepted: dict[str, Link] = {}
+        self._complaints: dict[str, tuple[str, float]] = {}
+        self._others = [name for name in sorted(config.peers) if name != config.node_id]
+        self._handshakes = trio.CapacityLimiter(INCOMING_MAX)
+
+    def is_connected(self, peer: str) -> bool:
+        return peer in self._dialled
+
+    def send(self, peer: str, message: Message) -> None:
+        """Answers on the connection the question came by, everything else on our own. Dropped when there is none."""
+        kind = type(message)
+        links = self._accepted if kind in (AppendReply, VoteReply, PreVoteReply) else self._dialled
+        link = links.get(peer)
+        if link is not None:
+            link.send(message)
+
+    def send_app(self, peer: str, payload: bytes) -> bool:
+        """False when not connected, too large, or the queue is full."""
+        link = self._dialled.get(peer)
+        return link is not None and len(payload) <= APP_BYTES_MAX and link.send_app(payload)
+
+    def disconnect(self, peer: str, reason: str) -> None:
+        """Close all connections to a peer that misbehaved; it may come back."""
+        self._complain(peer, reason)
+        for link in (self._dialled.get(peer), self._accepted.get(peer)):
+            if link is not None:
+                link.close()
+
+    async def run(self, listener: Listener) -> None:
+        """Accept and dial for ever. Checkpoint."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._accept, listener)
+            nursery.start_soon(self._watch)
+            for peer in self._others:
+                nursery.start_soon(self._keep_dialled, peer)
+
+    def _complain(self, who: str, what: str) -> None:
+        """One line per peer and reason, not one per attempt."""
+        now = self._monotonic()
+        last = self._complaints.get(who)
+        if last is None or last[0] != what or now - last[1] > COMPLAINT_SECONDS:
+            if len(self._complaints) > 1000:
+                self._complaints.clear()
+            self._complaints[who] = (what, now)
+            self._log.warning("peer connection refused", peer=who, reason=what)
+
+    # Dialling
+
+    async def _keep_dialled(self, peer: str) -> None:
+        host, port = self._config.peers[peer]
+        pause = RECONNECT_SECONDS_MIN
+        is_lost_told = False
+        since_loss = HARD_LOSS_ATTEMPTS
+        while True:
+            refused = False
+            link = None
+            try:
+                stream = await self._env.net.dial(host, port, timeout=DIAL_SECONDS_MAX)
+                link = await self._introduce(peer, stream)
+            except ConnectionRefusedError:
+                refused = True
+            except Refused as error:
+                self._complain(peer, str(error))
+                pause = RECONNECT_SECONDS_MAX
+            except (OSError, trio.TooSlowError, trio.BrokenResourceError, WireError) as error:
+                self._log.debug("peer not reached", peer=peer, reason=str(error))
+            if link is not None:
+                if not is_lost_told and since_loss < HARD_LOSS_ATTEMPTS:
+                    self._events.on_peer_lost(peer, False)
+                is_lost_told = False
+                pause = RECONNECT_SECONDS_MIN
+                await self._use_dialled(link)
+                since_loss = 0
+                continue  # at once: being refused now tells that the process is gone
+            since_loss += 1
+            if not is_lost_told and (refused or since_loss >= HARD_LOSS_ATTEMPTS):
+                is_lost_told = True
+                self._events.on_peer_lost(peer, refused)
+                self._events.pump()
+            if since_loss < HARD_LOSS_ATTEMPTS and not is_lost_told:
+                await self._env.clock.sleep(0.005)  # dying processes close their listener and connections one by one
+                continue
+            await self._env.clock.sleep(pause * self._rng.uniform(0.75, 1.25))
+            pause = min(pause * 2, RECONNECT_SECONDS_MAX)
+
+    async def _use_dialled(self, link: Link) -> None:
+        peer = link.peer
+        self._dialled[peer] = link
+        self._events.on_peer_up(peer)
+        self._events.pump()
+        try:
+            await self._serve(link)
+        finally:
+            del self._dialled[peer]
+
+    def _hello(self, to: str) -> Hello:
+        config = self._config
+        return Hello(
+            PROTOCOL_VERSION,
+            config.cluster,
+            config.effective_cluster_uuid,
+            config.group,
+            config.group_uuid,
+            config.node_id,
+            to,
+            self._env.ids.boot_id,
+            self._segment_bytes,
+            self._env.ids.salt(NONCE_BYTES),
+        )
+
+    def _check(self, theirs: Hello, expected_id: str | None) -> None:
+        """Raises Refused, with a reason an operator understands."""
+        config = self._config
+        for what, there, here in (
+            ("protocol version", theirs.version, PROTOCOL_VERSION),
+            ("cluster", theirs.cluster, config.cluster),
+            ("cluster uuid", theirs.cluster_uuid, config.effective_cluster_uuid),
+            ("group", theirs.group, config.group),
+            ("group uuid", theirs.group_uuid, config.group_uuid),
+            ("segment size", theirs.segment_bytes, self._segment_bytes),
+            ("addressee", theirs.to, config.node_id),
+        ):
+            if there != here:
+                raise Refused(f"its {what} is {there!r}, ours {here!r}")
+        if theirs.node_id not in config.peers or theirs.node_id == config.node_id:
+            raise Refused(f"{theirs.node_id!r} is not another member of group {config.group}")
+        if expected_id is not None and theirs.node_id != expected_id:
+            raise Refused(f"{theirs.node_id!r} answers where {expected_id!r} should be")
+        if len(theirs.nonce) != NONCE_BYTES:
+            raise Refused("its nonce has the wrong size")
+
+    async def _introduce(self, peer: str, stream: Stream) -> Link:
+        """The dialling side of the handshake. Raises Refused, WireError or trio's errors; the stream is closed then."""
+        reader = MessageReader()
+        try:
+            with self._env.clock.fail_after(HANDSHAKE_SECONDS_MAX):
+                hello = self._hello(peer)
+                await stream.send_parts(encode(KIND_HELLO, _fields(hello)))
+                answer = await _receive_one(stream, reader)
+                if answer.kind == KIND_REFUSED:
+                    raise Refused("refused us: " + " ".join(str(field) for field in answer.fields[:1]))
+                if answer.kind != KIND_WELCOME or len(answer.fields) != 2:
+                    raise Refused("answers with something else than a welcome")
+                welcome = decode_hello(Received(KIND_WELCOME, answer.fields[0], answer.raw))
+                self._check(welcome, peer)
+                secret = self._config.secret
+                if not is_proof(prove(secret, b"accept", hello, welcome), answer.fields[1]):
+                    raise Refused("does not know our secret")
+                await stream.send_parts(encode(KIND_PROOF, (prove(secret, b"dial", hello, welcome),)))
+                answer = await _receive_one(stream, reader)
+                if answer.kind != KIND_PONG:
+                    raise Refused("refused us: " + " ".join(str(field) for field in answer.fields[:1]))
+        except BaseException:
+            stream.abort()
+            raise
+        reader.limit = MESSAGE_BYTES_MAX
+        return Link(peer, stream, reader, self._monotonic())
+
+    # Accepting
+
+    async def _accept(self, listener: Listener) -> None:
+        async with trio.open_nursery() as nursery:
+            while True:
+                stream = await listener.accept()
+                if self._handshakes.available_tokens < 1:
+                    stream.abort()
+                    continue
+                nursery.start_soon(self._serve_accepted, stream)
+
+    async def _serve_accepted(self, stream: Stream) -> None:
+        link = None
+        try:
+            async with self._handshakes:
+                link = await self._admit(stream)
+        except (Refused, WireError) as error:
+            self._complain(f"{stream.peer[0]} (calling)", str(error))
+        except (trio.TooSlowError, trio.BrokenResourceError) as error:
+            self._log.debug("handshake not finished", address=stream.peer, reason=str(error))
+        finally:
+            if link is None:
+                stream.abort()
+        if link is None:
+            return
+        former = self._accepted.get(link.peer)
+        if former is not None:
+            former.close()
+        self._accepted[link.peer] = link
+        try:
+            await self._serve(link)
+        finally:
+            if self._accepted.get(link.peer) is link:
+                del self._accepted[link.peer]
+
+    async def _admit(self, stream: Stream) -> Link:
+        """The accepting side of the handshake."""
+        reader = MessageReader()
+        with self._env.clock.fail_after(HANDSHAKE_SECONDS_MAX):
+            first = await _receive_one(stream, reader)
+            if first.kind != KIND_HELLO:
+                raise Refused("does not begin with a hello")
+            hello = decode_hello(first)
+            try:
+                self._check(hello, None)
+                welcome = self._hello(hello.node_id)
+                secret = self._config.secret
+                await stream.send_parts(
+                    encode(KIND_WELCOME, (_fields(welcome), prove(secret, b"accept", hello, welcome)))
+                )
+                proof = await _receive_one(stream, reader)
+                if proof.kind != KIND_PROOF or len(proof.fields) != 1:
+                    raise Refused("does not prove who it is")
+                if not is_proof(prove(secret, b"dial", hello, welcome), proof.fields[0]):
+                    raise Refused("does not know our secret")
+            except Refused as error:
+                with suppress(trio.BrokenResourceError):
+                    await stream.send_parts(encode(KIND_REFUSED, (str(error),)))
+                raise
+            await stream.send_parts(encode(KIND_PONG, ()))
+        reader.limit = MESSAGE_BYTES_MAX
+        return Link(hello.node_id, stream, reader, self._monotonic())
+
+    # Both
+
+    async def _serve(self, link: Link) -> None:
+        """Read until the end; the writer goes with the reader."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(link.write_queued)
+            try:
+                await self._read(link)
+            except WireError as error:
+                self._complain(link.peer, str(error))
+            except trio.BrokenResourceError as error:
+                self._log.debug("peer connection broke", peer=link.peer, reason=str(error))
+            finally:
+                link.close()
+                nursery.cancel_scope.cancel()
+
+    async def _read(self, link: Link) -> None:
+        peer = link.peer
+        events = self._events
+        feed = link.reader.feed
+        receive = link.stream.receive_some
+        monotonic = self._monotonic
+        while data := await receive():
+            link.last_received = monotonic()
+            for received in feed(data):
+                kind = received.kind
+                if kind == KIND_APP:
+                    events.on_app_message(peer, bytes(received.raw))
+                elif kind == KIND_PING:
+                    link.send_control(KIND_PONG)
+                elif kind != KIND_PONG:
+                    events.on_message(peer, decode_raft(received))
+            events.pump()
+
+    async def _watch(self) -> None:
+        """Ping dialled connections, and give up those that have gone silent (raft.md 4.14)."""
+        while True:
+            await self._env.clock.sleep(PING_AFTER_SECONDS)
+            now = self._monotonic()
+            for link in list(self._dialled.values()):
+                if now - link.last_received > SILENT_SECONDS_MAX:
+                    link.close()
+                elif now - link.last_received > PING_AFTER_SECONDS / 2:
+                    link.send_control(KIND_PING)
+            for link in list(self._accepted.values()):
+                if now - link.last_received > 2 * SILENT_SECONDS_MAX:
+                    link.close()
+
+
+def _fields(hello: Hello) -> tuple[object, ...]:
+    return (
+        hello.version,
+        hello.cluster,
+        hello.cluster_uuid,
+        hello.group,
+        hello.group_uuid,
+        hello.node_id,
+        hello.to,
+        hello.boot,
+        hello.segment_bytes,
+        hello.nonce,
+    )
+
+
+async def _receive_one(stream: Stream, reader: MessageReader) -> Received:
+    """The next message of a handshake. Raises WireError also for the end of the stream, or for more than one."""
+    while True:
+        data = await stream.receive_some()
+        if not data:
+            raise trio.BrokenResourceError("closed during the handshake")
+        received = reader.feed(data)
+        if len(received) > 1:
+            raise WireError("more than one message at once in a handshake")
+        if received:
+            return received[0]

@@ -1,0 +1,221 @@
+"""The bytes between two members of a group.
+
+Message: u32 length of what follows | u8 kind | u16 header length | header: one cbor2 array | raw bytes. The raw
+bytes of an Append are the frames as they lie on disk, of an App message the payload; they never pass through cbor2.
+
+The first three messages of a connection are the handshake: Hello of the dialling node, Welcome of the accepting one,
+Proof of the dialling one. With a shared secret, Welcome and Proof carry an HMAC over both nonces and both identities.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import cbor2
+import msgspec
+
+from dledger.core.messages import (
+    Append,
+    AppendReply,
+    Message,
+    PreVote,
+    PreVoteReply,
+    TimeoutNow,
+    Vote,
+    VoteReply,
+)
+from dledger.core.types import BODY_BYTES_MAX, BadFrame, Buffer, Entry, parse_entry
+
+PROTOCOL_VERSION = 1
+NONCE_BYTES = 16
+HANDSHAKE_BYTES_MAX = 4096
+APP_BYTES_MAX = BODY_BYTES_MAX + 1024 * 1024
+MESSAGE_BYTES_MAX = 8 * 1024 * 1024
+
+KIND_APP = 16
+KIND_PING = 17
+KIND_PONG = 18
+KIND_HELLO = 32
+KIND_WELCOME = 33
+KIND_PROOF = 34
+KIND_REFUSED = 35
+
+_PREFIX = struct.Struct("<IBH")
+_LENGTH = struct.Struct("<I")
+_PREFIX_BYTES = _PREFIX.size
+_LENGTH_BYTES = _LENGTH.size
+_dumps = cbor2.dumps
+_loads = cbor2.loads
+
+_RAFT_KINDS: dict[type[Any], int] = {
+    PreVote: 1,
+    PreVoteReply: 2,
+    Vote: 3,
+    VoteReply: 4,
+    Append: 5,
+    AppendReply: 6,
+    TimeoutNow: 7,
+}
+_RAFT_TYPES = {kind: message_type for message_type, kind in _RAFT_KINDS.items()}
+_KIND_APPEND = _RAFT_KINDS[Append]
+_SIGNATURES: dict[int, tuple[type[Any], ...]] = {
+    _RAFT_KINDS[PreVote]: (int, int, int, int),
+    _RAFT_KINDS[PreVoteReply]: (int, int, bool, bool, bool),
+    _RAFT_KINDS[Vote]: (int, int, int, int),
+    _RAFT_KINDS[VoteReply]: (int, bool, bool),
+    _KIND_APPEND: (int, int, int, int, int, int),
+    _RAFT_KINDS[AppendReply]: (int, int, bool, int, int, int, int),
+    _RAFT_KINDS[TimeoutNow]: (int, int),
+}
+
+
+class WireError(Exception):
+    """Bytes that are no message of this protocol. The connection cannot be used further."""
+
+
+class Hello(msgspec.Struct, frozen=True, array_like=True):
+    """Who is calling, and whom they believe they have reached."""
+
+    version: int
+    cluster: str
+    cluster_uuid: str
+    group: str
+    group_uuid: str
+    node_id: str
+    to: str
+    boot: str
+    segment_bytes: int
+    nonce: bytes
+
+
+def encode(kind: int, fields: Sequence[Any], raw: Buffer = b"") -> list[Buffer]:
+    """One message as parts to send back to back."""
+    header = _dumps(fields)
+    prefix = _PREFIX.pack(_PREFIX_BYTES - _LENGTH_BYTES + len(header) + len(raw), kind, len(header))
+    return [prefix + header, raw] if raw else [prefix + header]
+
+
+def encode_raft(message: Message) -> list[Buffer]:
+    """A Raft message as parts; the frames of an Append are passed on without a copy."""
+    if type(message) is Append:
+        header = _dumps(
+            (message.term, message.prev_index, message.prev_term, message.prev_crc, message.commit, message.seq)
+        )
+        frames = [entry.frame for entry in message.entries]
+        nbytes = sum(map(len, frames))
+        parts: list[Buffer] = [
+            _PREFIX.pack(_PREFIX_BYTES - _LENGTH_BYTES + len(header) + nbytes, _KIND_APPEND, len(header)) + header
+        ]
+        parts.extend(frames)
+        return parts
+    return encode(_RAFT_KINDS[type(message)], msgspec.structs.astuple(message))
+
+
+class Received(msgspec.Struct, frozen=True, gc=False):
+    """One message as it came, its header decoded."""
+
+    kind: int
+    fields: list[Any]
+    raw: memoryview
+
+
+class MessageReader:
+    """Cuts messages out of a byte stream, without any I/O. `limit` bounds what one message may make us keep."""
+
+    def __init__(self, limit: int = HANDSHAKE_BYTES_MAX) -> None:
+        self.limit = limit
+        self._buffer: bytes | bytearray = b""
+        self._needed = _LENGTH_BYTES
+
+    def feed(self, data: bytes) -> list[Received]:
+        """Take the next bytes in; returns the messages that are complete now. Raises WireError."""
+        if self._buffer:
+            if isinstance(self._buffer, bytes):
+                self._buffer = bytearray(self._buffer)
+            self._buffer += data
+        else:
+            self._buffer = data
+        if len(self._buffer) < self._needed:
+            return []
+        return self._take()
+
+    def _take(self) -> list[Received]:
+        buffer = self._buffer
+        view = memoryview(buffer)
+        total = len(buffer)
+        offset = 0
+        found: list[Received] = []
+        self._needed = _LENGTH_BYTES
+        while total - offset >= _LENGTH_BYTES:
+            (length,) = _LENGTH.unpack_from(buffer, offset)
+            if length > self.limit or length < _PREFIX_BYTES - _LENGTH_BYTES:
+                raise WireError(f"a message of {length} bytes")
+            if total - offset - _LENGTH_BYTES < length:
+                self._needed = _LENGTH_BYTES + length
+                break
+            _, kind, header_len = _PREFIX.unpack_from(buffer, offset)
+            header_start = offset + _PREFIX_BYTES
+            end = offset + _LENGTH_BYTES + length
+            if header_start + header_len > end:
+                raise WireError("a header longer than its message")
+            try:
+                fields = _loads(view[header_start : header_start + header_len])
+            except (cbor2.CBORDecodeError, ValueError, TypeError) as error:
+                raise WireError(f"an unreadable header: {error}") from error
+            if type(fields) is not list:
+                raise WireError("a header that is no array")
+            found.append(Received(kind, fields, view[header_start + header_len : end]))
+            offset = end
+        # A new object for the rest: the views handed out still hold the old one.
+        self._buffer = bytes(view[offset:]) if offset < total else b""
+        return found
+
+
+def decode_raft(received: Received) -> Message:
+    """A Raft message, every frame of it verified. Raises WireError."""
+    kind, fields = received.kind, received.fields
+    signature = _SIGNATURES.get(kind)
+    if signature is None:
+        raise WireError(f"a message of unknown kind {kind}")
+    if tuple(map(type, fields)) != signature:
+        raise WireError(f"a message of kind {kind} with wrong fields")
+    if kind != _KIND_APPEND:
+        if received.raw:
+            raise WireError(f"a message of kind {kind} with bytes behind it")
+        message: Message = _RAFT_TYPES[kind](*fields)
+        return message
+    raw = received.raw
+    entries: list[Entry] = []
+    offset = 0
+    try:
+        while offset < len(raw):
+            entry = parse_entry(raw, offset)
+            entries.append(entry)
+            offset += len(entry.frame)
+    except BadFrame as error:
+        raise WireError(f"a damaged entry: {error}") from error
+    return Append(fields[0], fields[1], fields[2], fields[3], fields[4], fields[5], entries)
+
+
+def decode_hello(received: Received) -> Hello:
+    """Raises WireError."""
+    try:
+        return msgspec.convert(received.fields, Hello)
+    except msgspec.ValidationError as error:
+        raise WireError(f"an unreadable hello: {error}") from error
+
+
+def prove(secret: bytes | None, role: bytes, hello: Hello, welcome: Hello) -> bytes:
+    """What the node in `role` (b"dial" or b"accept") shows to prove that it knows the secret; empty without one."""
+    if secret is None:
+        return b""
+    text = cbor2.dumps([role, msgspec.structs.astuple(hello), msgspec.structs.astuple(welcome)])
+    return hmac.new(secret, text, hashlib.sha256).digest()
+
+
+def is_proof(expected: bytes, shown: object) -> bool:
+    return isinstance(shown, bytes) and hmac.compare_digest(expected, shown)

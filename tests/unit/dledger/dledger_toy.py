@@ -1,0 +1,242 @@
+"""A state machine for tests, and helpers that run groups over loopback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from dledger.config import GroupConfig
+from dledger.core.types import Role
+from dledger.errors import NotLeader
+from dledger.group import EntryView, RaftGroup
+from runtime.logs import get_logger
+from runtime.model import Env, Listener
+from runtime.testing import test_env, wait_until
+
+RECORD_BYTES = 32
+
+
+class ToyMachine:
+    """Keeps records of 32 bytes in a list; pending ones beside. Waiters are callables told how it ended."""
+
+    def __init__(self) -> None:
+        self.applied: list[bytes] = []
+        self.pending: list[bytes] = []
+        self.entries: list[tuple[int, int, int]] = []
+        self.ops: list[bytes] = []
+        self.roles: list[tuple[Role, int, str | None, bool]] = []
+        self.messages: list[tuple[str, bytes]] = []
+        self.turns = 0
+        self.restored: list[bytes | None] = []
+        self.covers = 0
+        self.group: RaftGroup | None = None
+        self.busy: Callable[[], None] | None = None
+
+    def stage(self, entry: EntryView) -> Any:
+        size = entry.count * RECORD_BYTES
+        records = [bytes(entry.body[at : at + RECORD_BYTES]) for at in range(0, size, RECORD_BYTES)]
+        ops = bytes(entry.body[size:])
+        self.pending.extend(records)
+        return (records, ops, [])
+
+    def apply(self, index: int, term: int, staged: Any) -> None:
+        records, ops, waiters = staged
+        assert self.pending[: len(records)] == records
+        del self.pending[: len(records)]
+        self.applied.extend(records)
+        if ops:
+            self.ops.append(ops)
+        self.entries.append((index, term, len(records)))
+        for waiter in waiters:
+            waiter("applied")
+        waiters.clear()
+
+    def discard(self, staged: Any) -> None:
+        records, _, waiters = staged
+        if records:
+            assert self.pending[-len(records) :] == records
+            del self.pending[-len(records) :]
+        for waiter in waiters:
+            waiter("discarded")
+        waiters.clear()
+
+    def orphan(self, staged: Any) -> None:
+        for waiter in staged[2]:
+            waiter("unknown")
+        staged[2].clear()
+
+    def role_changed(self, role: Role, term: int, leader_id: str | None, ready: bool) -> None:
+        self.roles.append((role, term, leader_id, ready))
+
+    def app_message(self, peer_id: str, payload: bytes) -> None:
+        self.messages.append((peer_id, payload))
+
+    def turn_done(self) -> None:
+        self.turns += 1
+
+    def restore(self, checkpoint: bytes | None) -> int:
+        self.restored.append(checkpoint)
+        self.applied.clear()
+        if checkpoint is None:
+            self.covers = 0
+            return 0
+        self.covers = int.from_bytes(checkpoint[:8], "big")
+        body = checkpoint[8:]
+        self.applied = [body[at : at + RECORD_BYTES] for at in range(0, len(body), RECORD_BYTES)]
+        return self.covers
+
+    def checkpoint(self) -> tuple[int, bytes]:
+        index = self.entries[-1][0]
+        return index, index.to_bytes(8, "big") + b"".join(self.applied)
+
+    def put(self, group: RaftGroup, record: bytes, waiter: Callable[[str], None]) -> int:
+        """What a broker does for one message."""
+        record = record.ljust(RECORD_BYTES, b".")
+        offset = group.reserve(RECORD_BYTES)
+        staged = group.open_staged()
+        if staged is None:
+            staged = ([], b"", [])
+            group.set_open_staged(staged)
+        group.add_record(record)
+        staged[0].append(record)
+        staged[2].append(waiter)
+        self.pending.append(record)
+        return offset
+
+
+class Node:
+    """One member that can be killed and started again on the same address and folder."""
+
+    def __init__(self, cluster: ToyCluster, node_id: str) -> None:
+        self.cluster = cluster
+        self.node_id = node_id
+        self.machine = ToyMachine()
+        self.group: RaftGroup | None = None
+        self.scope: trio.CancelScope | None = None
+        self.ended = trio.Event()
+        self.error: BaseException | None = None
+
+    @property
+    def running(self) -> RaftGroup:
+        assert self.group is not None
+        return self.group
+
+    @property
+    def folder(self) -> Path:
+        return self.cluster.folder / self.node_id
+
+    async def start(self, listener: Listener | None = None) -> None:
+        self.machine = ToyMachine()
+        self.group = RaftGroup(
+            self.cluster.env, self.cluster.config(self.node_id), self.machine, get_logger("toy"), listener=listener
+        )
+        self.machine.group = self.group
+        self.ended = trio.Event()
+        self.error = None
+        await self.cluster.nursery.start(self._run, self.group)
+
+    async def _run(self, group: RaftGroup, *, task_status: trio.TaskStatus[None]) -> None:
+        with trio.CancelScope() as self.scope:
+            try:
+                await group.run(task_status=task_status)
+            except Exception as error:
+                self.error = error
+                if not self.cluster.is_error_expected:
+                    raise
+        self.ended.set()
+
+    async def kill(self) -> None:
+        assert self.scope is not None
+        self.scope.cancel()
+        await self.ended.wait()
+
+
+class ToyCluster:
+    """Three groups, or as many as asked for, in one trio run."""
+
+    def __init__(self, env: Env, folder: Path, nursery: trio.Nursery, size: int, **settings: Any) -> None:
+        self.env = env
+        self.folder = folder
+        self.nursery = nursery
+        self.settings = settings
+        self.peers: dict[str, tuple[str, int]] = {}
+        self.nodes = {f"n{number}": Node(self, f"n{number}") for number in range(size)}
+        self.is_error_expected = False
+
+    def config(self, node_id: str) -> GroupConfig:
+        settings: dict[str, Any] = {
+            "cluster": "test",
+            "group": "g",
+            "node_id": node_id,
+            "peers": self.peers,
+            "data_dir": str(self.folder / node_id),
+            "segment_bytes": 1024 * 1024,
+            "format_if_empty": True,
+            "heartbeat_ms": 50,
+            "election_timeout_ms_min": 300,
+            "election_timeout_ms_max": 600,
+            "flush_interval_ms": 50,
+        }
+        return GroupConfig(**{**settings, **self.settings})
+
+    async def start(self, *names: str) -> None:
+        listeners = {name: await self.env.net.listen("127.0.0.1", 0) for name in self.nodes}
+        self.peers = {name: listener.address for name, listener in listeners.items()}
+        for name, node in self.nodes.items():
+            if not names or name in names:
+                await node.start(listeners[name])
+            else:
+                await listeners[name].aclose()
+
+    def alive(self) -> list[Node]:
+        return [node for node in self.nodes.values() if node.group is not None and not node.ended.is_set()]
+
+    def leaders(self) -> list[Node]:
+        return [node for node in self.alive() if node.running.is_ready_leader]
+
+    async def leader(self, limit: float = 10.0) -> Node:
+        await wait_until(lambda: len(self.leaders()) == 1, limit=limit, what="one ready leader")
+        return self.leaders()[0]
+
+    async def put(self, record: bytes, limit: float = 10.0) -> int:
+        """Store one record wherever the leader is; retries until it is applied there."""
+        with trio.fail_after(limit):
+            while True:
+                node = await self.leader(limit)
+                done = trio.Event()
+                outcome: list[str] = []
+
+                def told(how: str, outcome: list[str] = outcome, done: trio.Event = done) -> None:
+                    outcome.append(how)
+                    done.set()
+
+                with suppress(NotLeader):
+                    offset = node.machine.put(node.running, record, told)
+                    with trio.move_on_after(3):
+                        await done.wait()
+                    if outcome == ["applied"]:
+                        return offset
+                await trio.sleep(0.01)
+
+    async def level(self, limit: float = 10.0) -> None:
+        """Wait until all live nodes have applied the same, and all of it."""
+
+        def is_level() -> bool:
+            groups = [node.running for node in self.alive()]
+            ends = {group.end_position for group in groups}
+            return len(ends) == 1 and {group.committed_position for group in groups} == ends
+
+        await wait_until(is_level, limit=limit, what="equal logs")
+
+    def segment_bytes(self, name: str) -> bytes:
+        end = self.nodes[name].running.committed_position
+        files = sorted((self.folder / name / "log").iterdir())
+        return b"".join(path.read_bytes() for path in files if path.name.isdigit())[:end]
+
+
+def toy_env(folder: Path, seed: int = 0) -> Env:
+    return test_env(folder, seed=seed)
