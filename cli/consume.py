@@ -93,18 +93,18 @@ def _print(message: Any, as_json: bool) -> None:
     if as_json:
         document = {
             "topic": message.topic,
-            "broker_name": message.broker_name,
-            "queue_id": message.queue_id,
-            "queue_offset": message.queue_offset,
+            "broker_name": message.queue.broker_name,
+            "queue_id": message.queue.queue_id,
+            "queue_offset": message.raw.queue_offset,
             "message_id": message.message_id,
             "tag": message.tag,
             "keys": message.keys,
             "reconsume_times": message.reconsume_times,
-            "store_timestamp_ms": message.store_timestamp,
+            "store_timestamp_ms": message.raw.store_timestamp,
             "properties": dict(message.properties),
         }
         content = {"body": text} if text is not None else {"body_hex": body.hex()}
         print_json({**document, **content})
     else:
-        where = f"queue {message.queue_id} offset {message.queue_offset}"
+        where = f"{message.queue.broker_name} queue {message.queue.queue_id} offset {message.raw.queue_offset}"
         click.echo(f"{where}  {text if text is not None else body.hex()}")

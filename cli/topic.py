@@ -128,18 +128,18 @@ async def _route(name: str, target: Target, as_json: bool) -> None:
 
     async with quorate.connect(namesrv_of(real_env().files, *target)) as mq:
         found = await mq.admin.route(name)
-    queues = {data.broker_name: data for data in found.queue_datas}
+    if found.provisional:
+        raise Failure(f"topic {name} does not exist yet; the first send creates it")
     rows: list[dict[str, Any]] = []
-    for broker in found.broker_datas:
-        data = queues.get(broker.broker_name)
-        for broker_id, address in sorted(broker.broker_addrs.items()):
+    for group, members in sorted(found.members.items()):
+        for broker_id, address in sorted(members.items()):
             rows.append(
                 {
-                    "broker_name": broker.broker_name,
-                    "broker_id": int(broker_id),
+                    "broker_name": group,
+                    "broker_id": broker_id,
                     "address": address,
-                    "read_queues": data.read_queue_nums if data is not None else 0,
-                    "write_queues": data.write_queue_nums if data is not None else 0,
+                    "read_queues": sum(queue.broker_name == group for queue in found.readable),
+                    "write_queues": sum(queue.broker_name == group for queue in found.writable),
                 }
             )
     if as_json:

@@ -36,7 +36,7 @@ async def watch_offsets(client: quorate.Client, answers: dict[str, list[int]], s
     while not stop.is_set():
         try:
             for queue in await consumer.queues(TOPIC):
-                offset = await consumer.committed(queue)
+                offset = await consumer.query(queue)
                 if offset is not None:
                     answers.setdefault(str(queue), []).append(offset)
         except quorate.QuorateError:
