@@ -181,10 +181,7 @@ class PullProcessor:
             return
         if high == 0:
             code = _NOT_FOUND if offset == 0 else _MOVED
-            remark = (
-                "NO_MESSAGE_IN_QUEUE" if queues.exists(topic, queue_id) or offset == 0 else "NO_MATCHED_LOGIC_QUEUE"
-            )
-            next_begin = 0
+            remark, next_begin = "NO_MESSAGE_IN_QUEUE", 0
         elif offset < low:
             code, remark, next_begin = _MOVED, "OFFSET_TOO_SMALL", low
         elif offset == high:

@@ -1,4 +1,4 @@
-"""A whole broker node's processors over a raft group in memory, for tests: no sockets, commits when the test says so."""
+"""A broker node's processors over a raft group in memory, for tests: no sockets, commits when the test says so."""
 
 from __future__ import annotations
 

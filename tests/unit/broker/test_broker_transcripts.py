@@ -115,7 +115,7 @@ class Replay:
         ext = dict(request.get("extFields") or {})
         if int(ext.get("offset", -1)) in self.positions and request["code"] in (33, 36):
             ext["offset"] = str(self.positions[int(ext["offset"])])
-        answer = self.rig.ask(request["code"], ext, body, version=request["version"])
+        answer = self.rig.ask(request["code"], ext, body, version=request["version"], language="JAVA")
         theirs = (expected.get("extFields") or {}).get("msgId", "")
         if theirs and answer.ext.get("msgId"):
             for recorded, own in zip(theirs.split(","), answer.ext["msgId"].split(","), strict=True):
