@@ -49,9 +49,9 @@ def _data_sync(descriptor: int) -> None:
 
 
 class RealFile:
-    """`runtime.model.File` over one descriptor. Not for use after `close`."""
+    """`runtime.model.File` over one descriptor. After `close` every call raises OSError (EBADF)."""
 
-    __slots__ = ("_closed", "_descriptor", "_nowait_flag", "_path", "_readers", "_sync_limiter")
+    __slots__ = ("_descriptor", "_nowait_flag", "_path", "_readers", "_sync_limiter")
 
     def __init__(
         self, path: str, descriptor: int, sync_limiter: trio.CapacityLimiter, readers: trio.CapacityLimiter
@@ -61,7 +61,6 @@ class RealFile:
         self._sync_limiter = sync_limiter
         self._readers = readers
         self._nowait_flag = _RWF_NOWAIT
-        self._closed = False
 
     @property
     def path(self) -> str:
@@ -165,9 +164,9 @@ class RealFile:
 
     def close(self) -> None:
         """May be called twice."""
-        if not self._closed:
-            self._closed = True
-            os.close(self._descriptor)
+        descriptor, self._descriptor = self._descriptor, -1  # its number may soon be another file's
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 class RealFiles:

@@ -30,35 +30,42 @@ class RotatingFile:
         self._keep = keep
         self._lock = threading.Lock()
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)  # noqa: PTH103, PTH120
-        self._open()
-
-    def _open(self) -> None:
-        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._descriptor = self._open()
         self._size = os.fstat(self._descriptor).st_size
+
+    def _open(self) -> int:
+        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def write_line(self, line: str) -> None:
         """One system call per line. A full disk loses the line rather than the node."""
         data = line.encode("utf-8", "backslashreplace") + b"\n"
         with self._lock:
-            try:
-                if self._size + len(data) > self._max_bytes and self._size:
+            if self._size + len(data) > self._max_bytes and self._size:
+                self._size = 0  # also where rotation fails: the old file takes as much again before the next try
+                try:
                     self._rotate()
+                except OSError:
+                    pass
+            try:
                 self._size += os.write(self._descriptor, data)
             except OSError:
                 return
 
     def _rotate(self) -> None:
-        os.close(self._descriptor)
         for number in range(self._keep - 1, 0, -1):
             older = f"{self._path}.{number}"
             if os.path.exists(older):  # noqa: PTH110
                 os.replace(older, f"{self._path}.{number + 1}")  # noqa: PTH105
         os.replace(self._path, f"{self._path}.1")  # noqa: PTH105
-        self._open()
+        # The new one is open before the old one is closed: a closed number may become a data file's.
+        old, self._descriptor = self._descriptor, self._open()
+        os.close(old)
 
     def close(self) -> None:
+        """Later lines are dropped."""
         with self._lock:
             os.close(self._descriptor)
+            self._descriptor = -1
 
 
 def _write_stderr(line: str) -> None:

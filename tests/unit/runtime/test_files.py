@@ -127,6 +127,8 @@ def test_a_map_sees_later_writes_and_outlives_the_descriptor(tmp_path: Path) -> 
     file.close()
     assert bytes(view) == b"\0\0abc\0\0\0"
     assert view.readonly
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        file.pwrite(b"x", 0)
 
 
 def test_write_atomic_replaces_and_leaves_nothing_aside(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -89,6 +90,20 @@ def test_files_rotate_by_size_and_the_oldest_goes(tmp_path: Path) -> None:
     assert all(entry.stat().st_size <= 100 for entry in tmp_path.iterdir())
     kept = [int(line) for name in reversed(names) for line in (tmp_path / name).read_text().splitlines()]
     assert kept == list(range(30, 50))
+
+
+def test_a_failing_rotation_loses_no_line(tmp_path: Path) -> None:
+    file = logs.RotatingFile(str(tmp_path / "node.log"), max_bytes=30, keep=3)
+    with mock.patch("os.replace", side_effect=OSError("read-only")):
+        for number in range(10):
+            file.write_line(f"{number:09d}")
+    assert len((tmp_path / "node.log").read_text().splitlines()) == 10
+    for number in range(10, 14):
+        file.write_line(f"{number:09d}")
+    file.close()
+    file.write_line("dropped")
+    assert (tmp_path / "node.log.1").exists()
+    assert "dropped" not in (tmp_path / "node.log").read_text()
 
 
 def test_a_file_goes_on_after_a_restart(tmp_path: Path) -> None:
