@@ -108,17 +108,16 @@ async def main() -> None:
     body = bytes(range(256)) * (options.body // 256) + b"x" * (options.body % 256)
     with tempfile.TemporaryDirectory() as folder:
         leader, log = make_state(f"{folder}/leader")
-        follower, copy = make_state(f"{folder}/follower")
+        _follower, copy = make_state(f"{folder}/follower")
         copy.follow()
         send = SendProcessor(leader)
         connections = [MemoryConnection(("127.0.0.1", 40_000 + number)) for number in range(4)]
         send.handle_send(send_frames(1, 10**9, body)[0], connections[0])
         log.commit()
         log.commit()
-        taken = 0
         for entry in log.entries:
             copy.receive(entry)
-            taken += 1
+        taken = len(log.entries)
         copy.commit()
         gc.collect()
         gc.freeze()
@@ -136,7 +135,7 @@ async def main() -> None:
                         handle(frame, connection)
                 log.commit()
 
-            def follow() -> None:
+            def follow(taken: int = taken) -> None:
                 for entry in log.entries[taken:]:
                     copy.receive(entry)
                 copy.commit()

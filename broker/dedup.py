@@ -46,11 +46,11 @@ class DedupWindow:
         position = self.current.get(key)
         return position if position is not None else self.previous.get(key)
 
-    def forget(self, key: int, position: int) -> None:
-        """The message at `position` was discarded before its commit."""
-        if self.current.get(key) == position:
+    def forget(self, key: int, start: int) -> None:
+        """The message under this hash was discarded before its commit, with everything from `start` on."""
+        if self.current.get(key, -1) >= start:
             del self.current[key]
-        elif self.previous.get(key) == position:
+        elif self.previous.get(key, -1) >= start:
             del self.previous[key]
 
     def entry_applied(self, index: int, last_store_ms: int) -> None:

@@ -399,6 +399,7 @@ class BrokerState:
         by_queue = staged.by_queue
         known_tags = self.tag_codes.known
         find = data.find
+        find_last = data.rfind
         # Only what clients send is deduplicated; entries with operations hold deliveries, whose keys are in use.
         dedup = self.dedup.current if self.dedup.enabled and self._records_end(count, data) == len(data) else None
         add_dedup_key = staged.dedup_keys.append
@@ -434,7 +435,7 @@ class BrokerState:
                 tags_code = self.delay.due_ms(queue_id + 1, store_ms)
             else:
                 tags_code = 0
-                found = find(b"TAGS\x01", start, end)
+                found = find_last(b"TAGS\x01", start, end)
                 if found >= 0:
                     value_end = find(b"\x02", found, end)
                     tag = (
@@ -446,7 +447,7 @@ class BrokerState:
                         code = known_tags.get(tag)
                         tags_code = self.tag_codes.of(tag) if code is None else code
 
-            found = find(b"UNIQ_KEY\x01", start, end)
+            found = find_last(b"UNIQ_KEY\x01", start, end)
             if found >= 0:
                 value_end = find(b"\x02", found, end)
                 unique = (

@@ -1,4 +1,4 @@
-"""A raft group in memory, for tests and benchmarks of the broker: proposals wait until the test commits or cuts them."""
+"""A raft group in memory, for tests and benchmarks of the broker: proposals wait for the test to commit or cut them."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ class SendProcessor:
             return
 
         state = self._state
-        found = properties.find(b"UNIQ_KEY\x01")
+        found = properties.rfind(b"UNIQ_KEY\x01")
         value_end = properties.find(b"\x02", found)
         if found < 0 or value_end < 0 or (found and properties[found - 1] != 2) or properties[-1] != 2:
             properties, unique = self._complete(properties)
@@ -244,7 +244,7 @@ class SendProcessor:
         )
 
         tags_code = 0
-        found = properties.find(b"TAGS\x01")
+        found = properties.rfind(b"TAGS\x01")
         if found >= 0:
             if not found or properties[found - 1] == 2:
                 tag: bytes | None = properties[found + 5 : properties.find(b"\x02", found)]
