@@ -422,6 +422,7 @@ class Raft:
         """Raise the term, vote for ourselves, ask for votes (Raft 5.2)."""
         self.role = ROLE_TRANSITIONS[self.role][Cause.PRE_VOTES_WON]
         self._enter_term(self.term + 1, self.node_id)
+        self.leader = None
         self._ballot = Ballot(self.voters)
         self._election_deadline = now + self.config.round_timeout
         self._announce(Cause.PRE_VOTES_WON)
@@ -594,7 +595,7 @@ class Raft:
         self._send(peer, PreVoteReply(self.term, message.term, granted, has_leader, self.recovering))
         if not granted:
             if not has_leader and not is_log_good and self.role is Role.FOLLOWER:
-                # The asker cannot win without us, and it just showed that a leader is missed: our log is the better one.
+                # Somebody misses a leader, we hear none either, and ours is the better log.
                 soon = now + self._rng.uniform(0.0, self.config.peer_lost_jitter_max)
                 self._election_deadline = min(self._election_deadline, soon)
             return
@@ -666,10 +667,14 @@ class Raft:
             self._follow(now, Cause.HIGHER_TERM, message.term, peer)
         elif self.role is Role.LEADER or self.leader not in (None, peer):
             raise self._break(f"{peer} and {self.leader} both lead term {self.term} (Raft 5.2)")
+        elif self.role is Role.PRE_CANDIDATE and self._ticket:
+            # This very leader told us to campaign; what it sent behind that is no reason to stop.
+            self.leader = peer
         elif self.leader is None or self.role is not Role.FOLLOWER:
             self._follow(now, Cause.LEADER_HEARD, self.term, peer)
         self._heard_leader_at = now
-        self._election_deadline = now + self._timeout
+        if self.role is Role.FOLLOWER:
+            self._election_deadline = now + self._timeout
         self._is_fresh = False
 
         self._reply_seq = message.seq
