@@ -25,10 +25,10 @@ class Brokers(RuleBasedStateMachine):
     @rule(
         broker=brokers,
         cluster=clusters,
-        broker_id=numbers,
+        broker_id=st.sampled_from([0, 0, 0, 1, 2]),
         number=numbers,
         term=st.integers(1, 5),
-        group=st.sampled_from(["aa", "bb", None]),
+        group=st.sampled_from(["aa", "aa", "aa", "bb", None]),
         version=st.integers(0, 2),
         names=st.sets(st.sampled_from(["T", "U", "V"]), min_size=0),
         drop=st.booleans(),
