@@ -715,7 +715,7 @@ class SendProcessor:
         """
         state = self._state
         if position >= state.committed_position:
-            return self._wait_for_original(header, conn, topic, queue_id, len(keys), position)
+            return self._wait_for_original(header, conn, topic, queue_id, keys, position)
         records = state.read_records(position, len(keys))
         if records is None or not self._is_same(records, topic, keys):
             return False
@@ -748,9 +748,16 @@ class SendProcessor:
         )
 
     def _wait_for_original(
-        self, header: SendHeader, conn: Any, topic: bytes, queue_id: int, count: int, position: int
+        self,
+        header: SendHeader,
+        conn: Any,
+        topic: bytes,
+        queue_id: int,
+        keys: Sequence[tuple[bytes, int]],
+        position: int,
     ) -> bool:
         state = self._state
+        count = len(keys)
         found = state.find_pending(position, count)
         if found is None or found[1].topic_bytes != topic:
             return False
@@ -764,9 +771,7 @@ class SendProcessor:
         state.dedup_hits += 1
         if header.flag & FLAG_ONEWAY:
             return True
-        unique = ""
-        if not header.batch:
-            unique = find_property(self._complete(header.properties.encode())[0], b"UNIQ_KEY\x01").decode()  # type: ignore[union-attr]
+        unique = "" if header.batch else keys[0][0].decode()
         answer_queue_id = queue_id if queue.is_schedule else queue.queue_id
 
         def settled(ok: bool, reason: str | None) -> None:
