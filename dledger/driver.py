@@ -39,6 +39,7 @@ from dledger.core.events import (
 )
 from dledger.core.messages import Message
 from dledger.core.raft import Raft
+from dledger.core.transitions import PeerState
 from dledger.core.types import HEADER_BYTES, Entry, EntryType, Role, frame_entry, next_position
 from dledger.errors import CoreStopped
 from dledger.machine import EntryView, StateMachine
@@ -53,6 +54,7 @@ APPLY_BYTES_MAX = 2 * 1024 * 1024
 """What one turn applies at most; a longer catch-up is spread over turns, so that the loop stays responsive."""
 APPLY_SECONDS_MAX = 0.020
 APPLY_CHECK_EVERY = 16
+COMMIT_NEWS_SECONDS = 0.002
 HOUSEKEEPING_SECONDS = 0.25
 DISK_FULL_RETRY_SECONDS = 1.0
 STALL_SECONDS_MIN_ASYNC = 10.0
@@ -135,6 +137,8 @@ class Driver:
         self._ticker_kick = trio.Event()
         self._hard_state: tuple[int, str | None] | None = None
         self._hard_state_kick = trio.Event()
+        self._news_kick = trio.Event()
+        self._is_news_due = False
         self._sync_kick = trio.Event()
         self._spare_kick = trio.Event()
         self._disk_busy_since: float | None = None
@@ -180,6 +184,13 @@ class Driver:
             self.wake()
         else:
             self.turn()
+
+    def kick(self) -> None:
+        """A turn at once when nothing is in flight, else soon: a lone proposal loses no time, many share an entry."""
+        if self.store.last_index > self._commit_index:
+            self.wake()
+        else:
+            self.pump()
 
     def wake(self) -> None:
         """Have the driver's task run a turn soon: everything that arrives meanwhile shares it."""
@@ -238,10 +249,36 @@ class Driver:
         while self._app_inbox:
             self._machine.app_message(*self._app_inbox.popleft())
         self._machine.turn_done()
-        if is_leader:
-            self._perform(step(TurnEnd(now)))  # commit news and probes: after the producers' answers
+        if is_leader and self.role is Role.LEADER:
+            self._send_rest(now)
         if inbox or not batch.is_empty:
             self.wake()
+
+    def _send_rest(self, now: float) -> None:
+        """After the producers' answers: entries a peer's window now has room for, probes, and news of the commit index.
+
+        Mere news wait a moment: under load, and with one send after the other, the next entry brings them along.
+        """
+        core = self.core
+        is_news_only = True
+        for progress in core.progress.values():
+            if progress.state is not PeerState.REPLICATE or progress.next_index <= core.last_index:
+                is_news_only = False
+            elif progress.commit_sent < core.commit_index and not self._is_news_due:
+                self._is_news_due = True
+                self._news_kick.set()
+        if not is_news_only:
+            self._perform(core.step(TurnEnd(now)))
+
+    async def _keep_told(self) -> None:
+        """Bring followers the commit index when no entry does within a moment: they serve reads up to it."""
+        while True:
+            await self._news_kick.wait()
+            self._news_kick = trio.Event()
+            await self._env.clock.sleep(COMMIT_NEWS_SECONDS)
+            self._is_news_due = False
+            if self.role is Role.LEADER and self._cut is None:
+                self._perform(self.core.step(TurnEnd(self._monotonic())))
 
     def _write(self, now: float) -> bool:
         """Bring accepted entries to the page cache and tell the core. False where the turn must pause."""
@@ -460,6 +497,7 @@ class Driver:
         """Every service of the driver, in one nursery; returns after `stop`. Raises LedgerError."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_hard_state)
+            nursery.start_soon(self._keep_told)
             nursery.start_soon(self._keep_synced)
             nursery.start_soon(self._keep_marked)
             nursery.start_soon(self._keep_spare)
