@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 HEARTBEAT_S = 30.0
 RETRY_PAUSE_S = (0.05, 0.1)
 """Bounds of the random pause between attempts while a group has no leader."""
+SETTLE_PAUSE_MAX_S = 10.0
 TRY_ANOTHER_MEMBER = frozenset({ResponseCode.SYSTEM_BUSY, ResponseCode.SERVICE_NOT_AVAILABLE, ResponseCode.GO_AWAY})
 BODY_LIMIT_BYTES = 64 * 1024 * 1024
 
@@ -89,6 +90,7 @@ class Client:
         self._unique_keys: UniqKeyGenerator | None = None
         self._heartbeat_wanted = trio.Event()
         self._nursery: trio.Nursery | None = None
+        self._settling: set[str] = set()
         self.inboxes: dict[str, Inbox] = {}
         """Running push consumers by group."""
         self.producer = Producer(self)
@@ -245,10 +247,29 @@ class Client:
                 if connection is not None:
                     address = ip_address(connection.local[0].partition("%")[0]).packed
                     break
-            keys = UniqKeyGenerator(address, self.env.ids.pid, self._salt[4:])
-            if self.remoting.connected_addresses():
-                self._unique_keys = keys
+            keys = self._unique_keys = UniqKeyGenerator(address, self.env.ids.pid, self._salt[4:])
         return keys.next(self.env.clock.wall_ms())
+
+    def settle_route(self, topic: str) -> None:
+        """Something did not go to a leader: refresh the route in the background until every group has one again."""
+        if self._nursery is not None and topic not in self._settling:
+            self._settling.add(topic)
+            self._nursery.start_soon(self._settle, topic)
+
+    async def _settle(self, topic: str) -> None:
+        pause = 0.0
+        try:
+            while pause < SETTLE_PAUSE_MAX_S:
+                try:
+                    route = await self.routes.refresh(topic)
+                    if all(route.leader(name) is not None for name in route.members):
+                        return
+                except (NoRoute, RequestRefused) as error:
+                    self.log.debug("route refresh failed", topic=topic, reason=str(error))
+                pause = pause * 1.5 + self.retry_pause()
+                await self.env.clock.sleep(pause)
+        finally:
+            self._settling.discard(topic)
 
     def retry_pause(self) -> float:
         low, high = RETRY_PAUSE_S

@@ -141,7 +141,7 @@ class Producer:
         timeout: float = 3.0,
     ) -> SendReceipt:
         """See `Client.send`. Adds UNIQ_KEY and WAIT to the message's properties."""
-        return await self._send_until(message, RequestCode.SEND_MESSAGE_V2, message.body, queue, selector, timeout, 1)
+        return await self._send_until(message, None, queue, selector, timeout)
 
     async def send_batch(
         self, topic: str, messages: Sequence[Message], *, queue: MessageQueue | None, timeout: float
@@ -155,13 +155,8 @@ class Producer:
             if message.properties.get(PROPERTY_DELAY):
                 raise ValueError("a batch cannot be delayed")
             _check_properties(message.properties)
-            self._prepare(message)
         container = Message(topic=topic, body=b"", properties={})
-        container.properties[PROPERTY_UNIQ_KEY] = messages[0].properties[PROPERTY_UNIQ_KEY]
-        body = encode_batch(messages)
-        return await self._send_until(
-            container, RequestCode.SEND_BATCH_MESSAGE, body, queue, None, timeout, len(messages)
-        )
+        return await self._send_until(container, messages, queue, None, timeout)
 
     def _prepare(self, message: Message) -> None:
         if PROPERTY_UNIQ_KEY not in message.properties:
@@ -194,12 +189,10 @@ class Producer:
     async def _send_until(
         self,
         message: Message,
-        code: int,
-        body: bytes,
+        batch: Sequence[Message] | None,
         queue: MessageQueue | None,
         selector: Selector | None,
         timeout: float,
-        count: int,
     ) -> SendReceipt:
         client, clock = self._client, self._clock
         started = clock.monotonic()
@@ -212,6 +205,9 @@ class Producer:
         attempts = 0
         chosen: MessageQueue | None = queue
         properties: str | None = None
+        body = message.body
+        code = RequestCode.SEND_MESSAGE_V2 if batch is None else RequestCode.SEND_BATCH_MESSAGE
+        count = 1 if batch is None else len(batch)
         if not self.has_sent:
             self.has_sent = True
             client.heartbeat_soon()
@@ -221,8 +217,13 @@ class Producer:
                 break
             if properties is None:
                 # Here, because the id holds our address, which is known once a name server is connected.
-                if count == 1:
+                if batch is None:
                     self._prepare(message)
+                else:
+                    for item in batch:
+                        self._prepare(item)
+                    message.properties[PROPERTY_UNIQ_KEY] = batch[0].properties[PROPERTY_UNIQ_KEY]
+                    body = encode_batch(batch)
                 if selector is not None:
                     chosen = selector(route.writable, message)
                 properties = properties_to_string(message.properties)
@@ -247,6 +248,8 @@ class Producer:
                     maybe_stored = True
                 else:
                     if answer.code in STORED:
+                        if attempts > 1 or address != route.leader(target.broker_name):
+                            client.settle_route(message.topic)
                         return _receipt(message, target, answer, (clock.monotonic() - started) * 1e3, attempts, count)
                     if answer.code not in RETRY_ON_ANOTHER_BROKER:
                         raise SendRefused(answer.code, answer.remark or "", address)

@@ -8,7 +8,7 @@ from typing import Any
 import trio
 from attrs import field, frozen
 
-from quorate.errors import NoRoute, RequestRefused
+from quorate.errors import NoRoute, QuorateError, RequestRefused
 from remoting.bodies import TopicRouteData, decode_topic_route
 from remoting.codes import (
     MASTER_ID,
@@ -82,6 +82,17 @@ def route_of(topic: str, data: TopicRouteData, fetched_at: float, *, provisional
     return TopicRoute(topic, tuple(sorted(writable)), tuple(sorted(readable)), members, fetched_at, provisional)
 
 
+class _Flight:
+    """A question under way, and how it ended for those who wait for it."""
+
+    __slots__ = ("error", "landed", "route")
+
+    def __init__(self) -> None:
+        self.landed = trio.Event()
+        self.route: TopicRoute | None = None
+        self.error: QuorateError | None = None
+
+
 class RouteCache:
     """Routes by topic. One question per topic is under way at a time; the others wait for its answer."""
 
@@ -92,7 +103,7 @@ class RouteCache:
         self._clock = clock
         self._log = log
         self._routes: dict[str, TopicRoute] = {}
-        self._flights: dict[str, trio.Event] = {}
+        self._flights: dict[str, _Flight] = {}
         self._wanted: dict[str, float] = {}
         """Topics somebody uses, with the moment of the last question for them."""
         self.on_change: list[Callable[[str], None]] = []
@@ -142,20 +153,26 @@ class RouteCache:
     async def refresh(self, topic: str, *, for_publish: bool = False) -> TopicRoute:
         """Ask a name server now, unless that happened a moment ago. Raises NoRoute. Checkpoint; cancel-safe."""
         await trio.lowlevel.checkpoint()
-        while True:
-            flight = self._flights.get(topic)
-            if flight is None:
-                break
-            await flight.wait()
+        while (flight := self._flights.get(topic)) is not None:
+            await flight.landed.wait()
+            if flight.route is not None:
+                return flight.route
+            if flight.error is not None:
+                raise NoRoute(str(flight.error)) from flight.error
+            # Whoever asked was cancelled; this task asks then, or waits for another that was faster.
         asked_at = self._wanted.get(topic)
         route = self._routes.get(topic)
         if route is not None and asked_at is not None and self._clock.monotonic() - asked_at < COALESCE_S:
             return route
-        self._flights[topic] = trio.Event()
+        flight = self._flights[topic] = _Flight()
         try:
-            route = await self._ask(topic, for_publish)
+            route = flight.route = await self._ask(topic, for_publish)
+        except (NoRoute, RequestRefused) as error:
+            flight.error = error
+            raise
         finally:
-            self._flights.pop(topic).set()
+            del self._flights[topic]
+            flight.landed.set()
         self._wanted[topic] = self._clock.monotonic()
         previous = self._routes.get(topic)
         self._routes[topic] = route
