@@ -86,7 +86,7 @@ if "pysyncobj" in sys.modules:
     raise ImportError("pysyncobj was imported before its unpickler could be restricted")
 sys.modules["pysyncobj.pickle"] = _restricted_pickle()
 
-from pysyncobj import FAIL_REASON, SyncObj, SyncObjConf, replicated  # noqa: E402
+from pysyncobj import FAIL_REASON, HAS_CRYPTO, SyncObj, SyncObjConf, replicated  # noqa: E402
 from pysyncobj.version import VERSION as PYSYNCOBJ_VERSION  # noqa: E402
 
 if tuple(map(int, PYSYNCOBJ_VERSION.split("."))) < (0, 3, 16):
@@ -159,22 +159,32 @@ def read_dump_file(path: str) -> tuple[bytes, list[Any], list[Any]]:
     return snapshot, last, before_last
 
 
-def require_secret(addresses: Iterable[tuple[str, int]], secret: str | None) -> None:
-    """Raises ValueError where the control plane would be open to other machines without a password."""
+def password_for(addresses: Iterable[tuple[str, int]], secret: str | None, *, can_encrypt: bool) -> str | None:
+    """What the library encrypts with. Raises ValueError where other machines could reach it unencrypted.
+
+    On loopback alone it may do without: the restricted unpickler stands in any case.
+    """
     for host, port in addresses:
         try:
             local = host == "localhost" or ip_address(host).is_loopback
         except ValueError:
             local = False
-        if not local and secret is None:
+        if local:
+            continue
+        if secret is None:
             raise ValueError(f"the control plane at {host}:{port} is not loopback and needs a secret")
+        if not can_encrypt:
+            raise ValueError(
+                f"the control plane at {host}:{port} is not loopback and needs the extra: pip install 'quorate[secure]'"
+            )
+    return secret if can_encrypt else None
 
 
 class ReplicatedRegistry:
     """`namesrv.registry.Registry` among several name servers. Construct it in the main thread."""
 
     def __init__(self, env: Env, config: NamesrvConfig, mirror: Mirror) -> None:
-        require_secret(config.peers.values(), config.secret)
+        self._password = password_for(config.peers.values(), config.secret, can_encrypt=HAS_CRYPTO)
         if config.name not in config.peers:
             raise ValueError(f"name server {config.name} is not among its peers {sorted(config.peers)}")
         self._env = env
@@ -222,7 +232,7 @@ class ReplicatedRegistry:
         conf = SyncObjConf(
             autoTick=True,
             bindAddress=own,
-            password=self._config.secret,
+            password=self._password,
             journalFile=f"{self._config.data_dir}/control.journal",
             fullDumpFile=dump_path,
             serializer=machine.write_dump,

@@ -18,7 +18,7 @@ import trio
 from namesrv.config import NamesrvConfig
 from namesrv.mirror import Mirror, MirrorDamaged, pack
 from namesrv.registry import Outcome, RegistryUnavailable
-from namesrv.registry_pysyncobj import ReplicatedRegistry, _loads, _Machine, read_dump_file, require_secret
+from namesrv.registry_pysyncobj import ReplicatedRegistry, _loads, _Machine, password_for, read_dump_file
 from runtime.testing import test_env, wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # the library leaves sockets to the collector
@@ -189,9 +189,14 @@ def test_a_state_that_grows_too_large_is_refused_everywhere_alike(monkeypatch: p
     assert machine.state.kv == {"ns": {"k": "v"}}
 
 
-def test_other_machines_need_a_secret() -> None:
-    require_secret([("127.0.0.1", 1), ("::1", 2), ("localhost", 3)], None)
-    require_secret([("10.0.0.1", 1)], "secret")
+def test_other_machines_need_a_secret_and_encryption() -> None:
+    loopback = [("127.0.0.1", 1), ("::1", 2), ("localhost", 3)]
+    assert password_for(loopback, None, can_encrypt=False) is None
+    assert password_for(loopback, "secret", can_encrypt=False) is None
+    assert password_for(loopback, "secret", can_encrypt=True) == "secret"
+    assert password_for([("10.0.0.1", 1)], "secret", can_encrypt=True) == "secret"
     for host in ("10.0.0.1", "ns1.example"):
         with pytest.raises(ValueError, match="needs a secret"):
-            require_secret([("127.0.0.1", 1), (host, 2)], None)
+            password_for([*loopback, (host, 4)], None, can_encrypt=True)
+        with pytest.raises(ValueError, match="needs the extra"):
+            password_for([*loopback, (host, 4)], "secret", can_encrypt=False)
