@@ -1,4 +1,4 @@
-"""A raft group held in the hand: every message waits until the test delivers it, every disk write until it is completed."""
+"""A raft group held in the hand: messages wait until the test delivers them, disk writes until it completes them."""
 
 from __future__ import annotations
 

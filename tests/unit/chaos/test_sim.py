@@ -1,0 +1,161 @@
+"""The simulator: same seed, same run; no promise broken; every planted bug found."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+import chaos.sim.run
+from chaos import commands
+from chaos.sim.plan import draw_plan
+from chaos.sim.run import SeedResult, run_seed
+from dledger.core.raft import Raft
+from tests.unit.chaos.planted import PLANTED, SELDOM
+
+FEW = range(14)
+MANY = 400
+PLANTED_WITHIN = 60
+"""Seeds in which each planted bug must be found."""
+
+
+def test_every_promise_holds_on_a_few_seeds_and_something_happened() -> None:
+    results = [run_seed(seed) for seed in FEW]
+    broken = [f"seed {result.seed}: {result.violation}\n  {result.reproduction}" for result in results if not result.ok]
+    assert not broken, "\n".join(broken)
+    totals = {
+        name: sum(getattr(result, name) for result in results)
+        for name in (
+            "elections",
+            "entries",
+            "acknowledged",
+            "cuts",
+            "crashes",
+            "power_losses",
+            "recovered",
+            "partitions",
+        )
+    }
+    # A simulator in which nothing happens breaks no promise either.
+    assert all(result.elections >= 1 and result.entries >= 10 for result in results), totals
+    assert totals["elections"] > 3 * len(FEW), totals
+    assert all(count > 0 for count in totals.values()), totals
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("first", range(0, MANY, 50))
+def test_every_promise_holds_on_many_seeds(first: int) -> None:
+    results = [run_seed(seed) for seed in range(first, first + 50)]
+    broken = [f"seed {result.seed}: {result.violation}\n  {result.reproduction}" for result in results if not result.ok]
+    assert not broken, "\n".join(broken)
+
+
+def test_the_plans_cover_both_flush_modes_and_both_group_sizes() -> None:
+    plans = [draw_plan(seed) for seed in range(40)]
+    assert {plan.sync for plan in plans} == {True, False}
+    assert {plan.nodes for plan in plans} == {3, 5}
+
+
+def test_a_seed_gives_the_same_run_twice_and_another_seed_another() -> None:
+    first, again, other = run_seed(3), run_seed(3), run_seed(4)
+    assert first == again
+    assert first.trace_hash != other.trace_hash
+
+
+def test_a_trace_does_not_change_the_run() -> None:
+    plain, traced = run_seed(3), run_seed(3, keep_trace=True)
+    assert plain.trace == () and len(traced.trace) > 20
+    assert plain.trace_hash == traced.trace_hash
+
+
+@pytest.mark.parametrize("hash_seed", ["1", "2"])
+def test_a_run_does_not_depend_on_the_hash_seed(hash_seed: str) -> None:
+    program = "from chaos.sim.run import run_seed; print(run_seed(5).trace_hash)"
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == run_seed(5).trace_hash
+
+
+def find(planted: type[Raft], seeds: int) -> None:
+    for seed in range(seeds):
+        if not run_seed(seed, make_raft=planted).ok:
+            return
+    pytest.fail(f"{planted.__name__} survived {seeds} seeds")
+
+
+@pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.__name__)
+def test_a_planted_bug_is_found(planted: type[Raft]) -> None:
+    find(planted, PLANTED_WITHIN)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("planted", SELDOM, ids=lambda planted: planted.__name__)
+def test_a_planted_bug_that_seldom_shows_is_found(planted: type[Raft]) -> None:
+    find(planted, MANY)
+
+
+# The command
+
+
+@pytest.fixture
+def runner() -> CliRunner:
+    return CliRunner()
+
+
+def test_sim_reports_totals_as_json(runner: CliRunner) -> None:
+    done = runner.invoke(commands.chaos_group, ["sim", "--seeds", "2", "--start", "7", "--json"])
+    assert done.exit_code == 0, done.output
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["seed"] for line in lines[:2]] == [7, 8]
+    assert lines[2]["broken"] == [] and lines[2]["entries"] == lines[0]["entries"] + lines[1]["entries"]
+
+
+def test_sim_in_two_processes_finds_the_same(runner: CliRunner) -> None:
+    alone = runner.invoke(commands.chaos_group, ["sim", "--seeds", "3", "--json"])
+    together = runner.invoke(commands.chaos_group, ["sim", "--seeds", "3", "--json", "--jobs", "2"])
+    assert alone.stdout == together.stdout
+
+
+def test_a_broken_promise_exits_1_and_prints_how_to_repeat_it(
+    runner: CliRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = chaos.sim.run.run_seed
+    monkeypatch.setattr(chaos.sim.run, "run_seed", lambda seed, **options: right(seed, make_raft=PLANTED[0], **options))
+    done = runner.invoke(commands.chaos_group, ["sim", "--seeds", "1"])
+    assert done.exit_code == 1
+    assert "quorate chaos replay 0 --trace" in done.stderr
+    again = runner.invoke(commands.chaos_group, ["replay", "0", "--trace"])
+    assert again.exit_code == 1 and "BROKEN" in again.stdout
+
+
+def _result(seed: int, trace_hash: str, entries: int) -> SeedResult:
+    numbers = dict.fromkeys(commands.TOTALS, 0) | {"entries": entries}
+    return SeedResult(seed=seed, violation=None, at_seconds=1.0, plan="", trace_hash=trace_hash, **numbers)
+
+
+def test_nothing_committed_is_no_evidence(runner: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chaos.sim.run, "run_seed", lambda seed, **options: _result(seed, "a", 0))
+    assert runner.invoke(commands.chaos_group, ["sim", "--seeds", "1"]).exit_code == 3
+    assert runner.invoke(commands.chaos_group, ["replay", "1"]).exit_code == 3
+
+
+def test_a_seed_with_two_outcomes_is_the_kits_own_failure(runner: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes = iter("ab")
+    monkeypatch.setattr(chaos.sim.run, "run_seed", lambda seed, **options: _result(seed, next(hashes), 5))
+    assert runner.invoke(commands.chaos_group, ["sim", "--seeds", "1"]).exit_code == 4
+
+
+@pytest.mark.parametrize("arguments", [["sim", "--seeds", "0"], ["replay"], ["replay", "x"], ["no-such-verb"]])
+def test_wrong_usage_exits_2(runner: CliRunner, arguments: list[str]) -> None:
+    assert runner.invoke(commands.chaos_group, arguments).exit_code == 2
+
+
+def test_replay_prints_what_happened(runner: CliRunner) -> None:
+    done = runner.invoke(commands.chaos_group, ["replay", "3", "--trace"])
+    assert done.exit_code == 0
+    assert "LEADER term=" in done.stdout and "every promise held" in done.stdout
