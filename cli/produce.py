@@ -55,7 +55,7 @@ def produce(
     if not bodies and size is None and count is None:
         raise Failure('nothing to send: give a body, "-" for standard input, or --count and --size', USAGE)
     messages = _bodies(bodies, count, size if size is not None else 0)
-    options = {"tag": tag, "keys": list(keys) or None, "timeout": timeout}
+    options = {"tag": tag, "keys": keys, "timeout": timeout}
     run(_produce, topic, messages, options, rate, (namesrv, data_path, config_path), as_json)
 
 

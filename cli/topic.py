@@ -47,21 +47,26 @@ async def _list(with_system: bool, target: Target, as_json: bool) -> None:
     import quorate
 
     async with quorate.connect(namesrv_of(real_env().files, *target)) as mq:
-        names = sorted(await mq.admin.topics())
-    if not with_system:
-        names = [name for name in names if not is_system(name)]
+        names = await mq.admin.topics()
+        if not with_system:
+            info = await mq.admin.cluster()
+            reserved = {*info.cluster_addr_table, *info.broker_addr_table}
+            reserved |= {f"{name}_REPLY_TOPIC" for name in info.cluster_addr_table}
+            names = [name for name in names if name not in reserved and not is_system(name)]
     if as_json:
         print_json([{"topic": name} for name in names])
     else:
         click.echo("\n".join(names) if names else "no topics yet")
 
 
-SYSTEM_NAMES = frozenset({"TBW102", "SELF_TEST_TOPIC", "OFFSET_MOVED_EVENT", "SCHEDULE_TOPIC_XXXX", "BenchmarkTest"})
+SYSTEM_NAMES = frozenset(
+    {"TBW102", "SELF_TEST_TOPIC", "OFFSET_MOVED_EVENT", "SCHEDULE_TOPIC_XXXX", "BenchmarkTest", "CHECKPOINT_TOPIC"}
+)
 
 
 def is_system(name: str) -> bool:
     """Topics that users did not make: retry and dead-letter topics, and those RocketMQ reserves."""
-    return name in SYSTEM_NAMES or name.startswith(("%RETRY%", "%DLQ%", "RMQ_SYS_", "rmq_sys_", "broker-"))
+    return name in SYSTEM_NAMES or name.startswith(("%RETRY%", "%DLQ%", "RMQ_SYS_", "rmq_sys_"))
 
 
 @topic.command()

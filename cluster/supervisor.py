@@ -331,7 +331,7 @@ class Supervisor:
                 slot.ready.set()
                 self._enter(slot, "up")
                 self._tell("ready", slot.node.name, f"{slot.node.name} ready on {slot.node.listen}")
-            case "role" if slot.node.group is not None:
+            case "role" if slot.node.group is not None and not self._is_stopping:
                 self._take_role(slot.node.group, slot.node.name, event)
 
     def _take_role(self, group: str, name: str, event: dict[str, Any]) -> None:
@@ -342,7 +342,7 @@ class Supervisor:
                 return
             text = f"{name} leader elected, term {term}"
             if leadership.lost_at is not None:
-                text += f", {self._env.clock.monotonic() - leadership.lost_at:.1f} s without leader"
+                text += f", {self._env.clock.monotonic() - leadership.lost_at:.2f} s without leader"
             leadership.node, leadership.term, leadership.lost_at = name, term, None
             leadership.known.set()
             self._tell("leader", name, text)

@@ -11,7 +11,6 @@ import trio
 import quorate
 from runtime.model import Env
 from runtime.real import real_env
-from runtime.testing import wait_until
 from tests.cluster.harness import Cluster, cluster, differing, wait_for
 from tests.cluster.workload import Promises, check_stored, produce_numbers, read_all, word_of
 
@@ -22,6 +21,7 @@ GROUP = "readers"
 PRODUCERS = 4
 KILLS = 5
 SAME_LOGS_WITHIN_S = 10.0
+STALLED_AFTER_S = 20.0
 
 
 async def consume(client: quorate.Client, seen: set[str]) -> None:
@@ -83,6 +83,21 @@ async def same_logs(env: Env, running: Cluster) -> None:
         await trio.sleep(0.1)
 
 
+async def all_consumed(env: Env, promises: Promises, seen: set[str]) -> None:
+    """Wait for as long as more arrives."""
+    missing = set(promises.acknowledged) - seen
+    patience = env.clock.monotonic() + STALLED_AFTER_S
+    while missing:
+        await trio.sleep(0.1)
+        left = missing - seen
+        if len(left) < len(missing):
+            missing, patience = left, env.clock.monotonic() + STALLED_AFTER_S
+        assert env.clock.monotonic() < patience, (
+            f"acknowledged, but not consumed: {len(missing)} of {len(promises.acknowledged)}, "
+            f"for example {sorted((promises.acknowledged[word], word) for word in missing)[:10]}"
+        )
+
+
 async def test_five_leader_kills_under_load(tmp_path: Path) -> None:
     env = real_env()
     promises = Promises()
@@ -110,7 +125,7 @@ async def test_five_leader_kills_under_load(tmp_path: Path) -> None:
             assert len(promises.acknowledged) > 500, promises.failures[:3]
             found = await read_all(client, TOPIC)
             check_stored(found, promises)
-            await wait_until(lambda: set(promises.acknowledged) <= seen, limit=30, what="all acknowledged consumed")
+            await all_consumed(env, promises, seen)
             for queue, offsets in answers.items():
                 back = [(a, b) for a, b in pairwise(offsets) if b < a]
                 assert not back, f"offsets of {GROUP} went back in {queue}: {back}"
