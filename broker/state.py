@@ -142,6 +142,7 @@ class BrokerState:
         self._covered_index = 0
         self._in_flight: deque[Staged] = deque()
         self._touched: dict[Any, None] = {}
+        self._deferred: list[Callable[[], None]] = []
         self._topic_waiters: dict[str, list[Done]] = {}
         self._group_waiters: dict[str, list[Done]] = {}
         self._checkpoint_position = 0
@@ -529,6 +530,8 @@ class BrokerState:
         """Cut or refused: take back what `stage` moved. Newest first, so queue offsets step back in order."""
         if not self._in_flight or self._in_flight.pop() is not staged:
             raise InvariantBroken("an entry is discarded out of order")
+        if staged.covered:
+            raise InvariantBroken("an entry that the checkpoint of the tables covers is cut from the log")
         self._discard_ops(staged)
         for queue, parts in staged.by_queue.items():
             queue.next_offset -= len(parts)
@@ -564,6 +567,10 @@ class BrokerState:
 
     def turn_done(self) -> None:
         """One flush per connection that was answered in this turn."""
+        if self._deferred:
+            deferred, self._deferred = self._deferred, []
+            for call in deferred:
+                call()
         for listener in self.on_turn_done:
             listener()
         if self._touched:
@@ -767,6 +774,14 @@ class BrokerState:
                 if UNIT.unpack(unit)[0] == physical_offset:
                     return (staged, queue, row) if row + count <= len(units) else None
         return None
+
+    def is_in_flight(self, physical_offset: int) -> bool:
+        """The record there is staged and not applied."""
+        return bool(self._in_flight) and physical_offset >= self._in_flight[0].start
+
+    def defer(self, call: Callable[[], None]) -> None:
+        """Call back at the end of this turn, when everything applied in it can be read."""
+        self._deferred.append(call)
 
     def staged_after(self, staged: Staged) -> list[Staged]:
         """What is staged behind this entry and not applied."""

@@ -131,8 +131,11 @@ class MemoryGroup:
         while self.commit_index < last:
             entry = self.entries[self.commit_index]
             self.commit_index += 1
-            self.committed_position = entry.body_position + len(entry.body)
             self.machine.apply(entry.index, entry.term, entry.staged)
+        # As the driver does it: what is applied can be read when all of it is.
+        if last:
+            entry = self.entries[last - 1]
+            self.committed_position = entry.body_position + len(entry.body)
         self.turn()
 
     def turn(self) -> None:

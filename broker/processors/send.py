@@ -193,7 +193,7 @@ class SendProcessor:
             if earlier is None:
                 earlier = dedup.previous.get(key)
             if earlier is not None and self._answer_duplicate(
-                header, conn, topic.name, queue_id, [(unique, body_crc)], earlier
+                header, body, conn, topic.name, queue_id, [(unique, body_crc)], earlier
             ):
                 return
 
@@ -532,7 +532,7 @@ class SendProcessor:
         if not header.reconsume_times and unique:
             earlier = self._dedup.find(hash((target.topic, unique, body_crc))) if self._dedup.enabled else None
             if earlier is not None and self._answer_duplicate(
-                header, conn, target.topic, target.answer_queue_id, [(unique, body_crc)], earlier
+                header, body, conn, target.topic, target.answer_queue_id, [(unique, body_crc)], earlier
             ):
                 return
         sys_flag = header.sys_flag & ~SYS_TRANSACTION_MASK
@@ -640,7 +640,7 @@ class SendProcessor:
         if self._dedup.enabled:
             earlier = self._dedup.find(hash((topic, messages[0][3], body_crc)))
             keys = [(unique, _crc32(message) & 0x7FFFFFFF) for _flag, message, _properties, unique in messages]
-            if earlier is not None and self._answer_duplicate(header, conn, topic, queue_id, keys, earlier):
+            if earlier is not None and self._answer_duplicate(header, body, conn, topic, queue_id, keys, earlier):
                 return
         sys_flag = header.sys_flag & ~SYS_TRANSACTION_MASK
         if config.topic_filter_type == "MULTI_TAG":
@@ -703,6 +703,7 @@ class SendProcessor:
     def _answer_duplicate(
         self,
         header: SendHeader,
+        body: bytes,
         conn: Any,
         topic: bytes,
         queue_id: int,
@@ -715,6 +716,14 @@ class SendProcessor:
         """
         state = self._state
         if position >= state.committed_position:
+            if not state.is_in_flight(position):
+                # Applied in this very turn, readable at its end.
+                def again() -> None:
+                    state.touch(conn)
+                    self._send_slowly(header, body, conn)
+
+                state.defer(again)
+                return True
             return self._wait_for_original(header, conn, topic, queue_id, keys, position)
         records = state.read_records(position, len(keys))
         if records is None or not self._is_same(records, topic, keys):

@@ -401,6 +401,19 @@ def test_a_duplicate_of_a_pending_send_waits_for_its_commit(node: Node) -> None:
     assert node.state.queues.max_offset("T", 1) == 3
 
 
+def test_a_parked_duplicate_of_what_is_applied_in_the_same_turn(node: Node) -> None:
+    with_topic(node, "T")
+    node.send_now("T", b"warm")
+    first = node.put("T", b"m", "UNIQ_KEY\x01D\x02")
+    node.state.propose_op(("topic_put", TopicConfig(topic_name="T")), lambda ok, reason: None)
+    second = node.put("T", b"m", "UNIQ_KEY\x01D\x02")
+    node.group.commit()
+    answers = node.answers()
+    assert answers[first].ext == answers[second].ext
+    node.settle()
+    assert node.state.queues.max_offset("T", 0) == 2
+
+
 def test_a_duplicate_of_a_cut_send_is_refused_with_it_and_can_be_sent_again(node: Node) -> None:
     with_topic(node, "T")
     opaques = [node.put("T", b"m", "UNIQ_KEY\x01D\x02") for _ in range(2)]
