@@ -2,7 +2,7 @@
 
     uv run python -m benchmarks.raft_group [--seconds 3] [--record-bytes 1024] [--batch 100] [--flush async|sync]
 
-Prints the latency of one record in flight, then records and entries per second with `--batch` records waiting per entry.
+Prints the latency of one record in flight, then records and entries per second with `--batch` records per entry.
 """
 
 from __future__ import annotations
@@ -175,11 +175,12 @@ async def throughput(group: RaftGroup, machine: CountingMachine, options: argpar
         group.wake()
         await trio.lowlevel.checkpoint()
     while in_flight:
-        await trio.sleep(0.01)
+        await trio.lowlevel.checkpoint()
     elapsed = time.perf_counter() - started
     turns = group.statistics().counters["turns"] - before
     print(
-        f"{options.batches} batches of {batch} x {options.record_bytes} B waiting: {done_records / elapsed:,.0f} records/s,"
+        f"{options.batches} batches of {batch} x {options.record_bytes} B waiting:"
+        f" {done_records / elapsed:,.0f} records/s,"
         f" {done_entries / elapsed:,.0f} entries/s, leader CPU {(time.process_time() - cpu) / done_records * 1e6:.2f}"
         f" us/record, {turns / elapsed:,.0f} turns/s"
     )

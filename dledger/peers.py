@@ -220,7 +220,7 @@ class Peers:
         self._monotonic = env.clock.monotonic
         self._dialled: dict[str, Link] = {}
         self._accepted: dict[str, Link] = {}
-        self._complaints: dict[str, tuple[str, float]] = {}
+        self._complaints: dict[tuple[str, str], float] = {}
         self._others = [name for name in sorted(config.peers) if name != config.node_id]
         self._handshakes = trio.CapacityLimiter(INCOMING_MAX)
 
@@ -258,11 +258,11 @@ class Peers:
     def _complain(self, who: str, what: str) -> None:
         """One line per peer and reason, not one per attempt."""
         now = self._monotonic()
-        last = self._complaints.get(who)
-        if last is None or last[0] != what or now - last[1] > COMPLAINT_SECONDS:
+        last = self._complaints.get((who, what))
+        if last is None or now - last > COMPLAINT_SECONDS:
             if len(self._complaints) > 1000:
                 self._complaints.clear()
-            self._complaints[who] = (what, now)
+            self._complaints[who, what] = now
             self._log.warning("peer connection refused", peer=who, reason=what)
 
     # Dialling
