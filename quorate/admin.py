@@ -23,7 +23,7 @@ from remoting.bodies import (
     decode_topic_stats,
     encode_body,
 )
-from remoting.codes import MASTER_ID, PERM_READ_WRITE, SYSTEM_TOPIC_TEMPLATE, RequestCode, ResponseCode
+from remoting.codes import MASTER_ID, PERM_READ, PERM_READ_WRITE, SYSTEM_TOPIC_TEMPLATE, RequestCode, ResponseCode
 from remoting.command import Command
 from remoting.errors import ConnectFailed, ConnectionLost, RequestTimeout
 from remoting.message import MessageExt, parse_offset_msg_id, unique_key_time_ms
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from quorate.client import Client
 
 DAY_MS = 86_400_000
+REGISTERED_WITHIN_S = 3.0
 FOREVER_MS = 2**62
 
 
@@ -146,7 +147,10 @@ class Admin:
         order: bool = False,
         cluster: str | None = None,
     ) -> None:
-        """Create a topic, or change it, on every broker group (of one cluster, if given)."""
+        """Create a topic, or change it, on every broker group (of one cluster, if given).
+
+        Returns when a name server knows it, or after 3 s: brokers register a change after they have answered.
+        """
         fields = {
             "topic": topic,
             "defaultTopic": SYSTEM_TOPIC_TEMPLATE,
@@ -158,6 +162,18 @@ class Admin:
             "order": order,
         }
         await self._on_each_group(RequestCode.UPDATE_AND_CREATE_TOPIC, fields, cluster=cluster)
+        names = list(await self._leaders(cluster))
+        clock = self._client.env.clock
+        deadline = clock.monotonic() + REGISTERED_WITHIN_S
+        while clock.monotonic() < deadline:
+            try:
+                route = await self.route(topic)
+                known = route.readable if perm & PERM_READ else route.writable
+                if all(sum(queue.broker_name == name for queue in known) == queues for name in names):
+                    return
+            except NoRoute as error:
+                self._client.log.debug("not registered yet", topic=topic, reason=str(error))
+            await clock.sleep(self._client.retry_pause())
 
     async def delete_topic(self, topic: str) -> None:
         """Delete a topic from all brokers, then from all name servers. Its messages are gone."""
