@@ -32,6 +32,16 @@ class Promises:
         self.acknowledged[body] = (receipt.broker_name, receipt.queue_id, receipt.queue_offset)
 
 
+async def queues_of(client: Client, topic: str) -> Sequence[MessageQueue]:
+    """A name server hears of a new topic a moment after its creation."""
+    with trio.fail_after(10):
+        while True:
+            try:
+                return await client.pull_consumer("TOOLS_CONSUMER").queues(topic)
+            except quorate.NoRoute:
+                await trio.sleep(0.02)
+
+
 async def produce_numbers(
     client: Client,
     topic: str,
@@ -43,14 +53,12 @@ async def produce_numbers(
     padding: int = 200,
 ) -> None:
     """Send `name-0`, `name-1`, ... until told to stop. The key of each message is its body's first word."""
-    queues: Sequence[MessageQueue] = ()
+    queues = await queues_of(client, topic)
     number = 0
     while not stop.is_set():
         word = f"{name}-{number}"
         body = f"{word} ".ljust(padding, ".")
         try:
-            if not queues:
-                queues = await client.pull_consumer("TOOLS_CONSUMER").queues(topic)
             queue = queues[number % len(queues)]
             receipt = await client.send(topic, body.encode(), key=word, queue=queue, timeout=SEND_WITHIN_S)
         except SendFailed as error:
@@ -67,7 +75,7 @@ async def read_all(client: Client, topic: str) -> dict[MessageQueue, list[Messag
     """Every message of a topic, queue by queue, from the smallest to the largest offset."""
     found: dict[MessageQueue, list[MessageExt]] = {}
     consumer = client.pull_consumer("READER")
-    for queue in await consumer.queues(topic):
+    for queue in await queues_of(client, topic):
         offset, end = await consumer.min_offset(queue), await consumer.max_offset(queue)
         messages: list[MessageExt] = []
         while offset < end:
