@@ -43,6 +43,7 @@ class BrokerContext:
         self.long_poll: LongPollTable
         self.stats = BrokerStats(config.cluster, env.clock.wall_ms())
         self.resets = PendingResets()
+        self._memory_reach = env.ids.memory_bytes * 2 // 5
         self.pull_offsets: dict[tuple[str, str, int], int] = {}
         """(group, topic, queue id) to the newest pull's offset, for people; thinned out by the housekeeping."""
         self.jobs = Jobs()
@@ -136,12 +137,16 @@ class BrokerContext:
 
     # ------------------------------------------------------------------------------------------------ slow consumers
 
+    def is_far_behind(self, physical_offset: int) -> bool:
+        """RocketMQ's rule for cold data: further behind than 40 % of the memory (semantics.md 4.2)."""
+        return self.group.end_position - physical_offset > self._memory_reach
+
     def suggested_broker_id(self, next_begin: int, max_offset: int, header: Any) -> int:
         """Where the next pull should go: 0, the leader, unless reading from followers is on and this one lags far."""
         if not self.settings.slave_read_enable or next_begin >= max_offset:
             return 0
         units = self.state.queues.units(header.topic, header.queue_id, next_begin, 1)
-        if not units or self.group.is_hot(int.from_bytes(units[:8])):
+        if not units or not self.is_far_behind(int.from_bytes(units[:8])):
             return 0
         config = self.state.groups.get(header.consumer_group)
         return config.which_broker_when_consume_slowly if config is not None else 1

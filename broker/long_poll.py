@@ -42,6 +42,7 @@ class LongPollTable:
     def __init__(self, wake: Callable[[Parked, bool], None]) -> None:
         self._wake = wake
         self._queues: dict[tuple[str, int], list[Parked]] = {}
+        self._notified: list[Parked] = []
         self._count = 0
 
     def __len__(self) -> int:
@@ -61,7 +62,11 @@ class LongPollTable:
         return True
 
     def notify(self, topic: str, queue_id: int, max_offset: int, units: bytes) -> None:
-        """Messages up to `max_offset` (exclusive) are committed and readable; `units` are the newest ones' own."""
+        """Messages up to `max_offset` (exclusive) are committed; `units` are the newest ones' own.
+
+        The pulls that wait for them are taken out here and answered by `wake_notified`, at the end of the turn: then
+        the messages can be read, and several entries of one turn cost one answer.
+        """
         key = (topic, queue_id)
         held = self._queues.pop(key, None)
         if held is None:
@@ -78,8 +83,15 @@ class LongPollTable:
                 if parked.codes.isdisjoint(codes):
                     keep.append(parked)
                     continue
-            self._release(parked)
+            self._notified.append(parked)
         self._put_back(key, keep)
+
+    def wake_notified(self) -> None:
+        """Answer what `notify` took out."""
+        if self._notified:
+            notified, self._notified = self._notified, []
+            for parked in notified:
+                self._release(parked)
 
     def wake_all(self) -> None:
         """Look again for every held pull: this node has become a ready leader and knows now what is out of range."""

@@ -40,17 +40,23 @@ TRANSFER_LOOK_S: Final = 0.01
 class BrokerNode:
     """A member of one broker group. All methods are for the trio thread.
 
-    `listener`, when given, is served instead of `config.listen` (tests).
+    `listener` and `peer_listener`, when given, are served instead of the configured addresses (tests).
     """
 
     def __init__(
-        self, env: Env, config: BrokerConfig, *, listener: Listener | None = None, log: Logger | None = None
+        self,
+        env: Env,
+        config: BrokerConfig,
+        *,
+        listener: Listener | None = None,
+        peer_listener: Listener | None = None,
+        log: Logger | None = None,
     ) -> None:
         self.env = env
         self.config = config
         self.log = log or get_logger("broker", node=config.node_id, group=config.broker_name)
         self.state = BrokerState(env, config, self.log)
-        self.group = RaftGroup(env, config.group, self.state, self.log)
+        self.group = RaftGroup(env, config.group, self.state, self.log, listener=peer_listener)
         self.state.attach(self.group)
         self.broker = BrokerContext(env, config, self.state, self.group, self.log)
         self.send = SendProcessor(self.state)
@@ -73,7 +79,7 @@ class BrokerNode:
         self.state.on_role.append(self._role_changed)
         self.state.on_topics_changed.append(self._topics_changed)
         self.state.on_app_message.append(self.router.forwarder.receive)
-        self.state.on_turn_done.append(self.broker.flush_changed)
+        self.state.on_turn_done.append(self._turn_done)
 
     # ----------------------------------------------------------------------------------------------------- lifetime
 
@@ -97,12 +103,14 @@ class BrokerNode:
                 await self._run_services(listener, running)
             except* InvariantBroken as errors:
                 raise NodeStopped(f"invariant broken, the node stops: {_first(errors)}") from errors
-            except* LedgerError as errors:
+            except* (LedgerError, OSError) as errors:
                 if started:
                     raise NodeStopped(str(_first(errors))) from errors
                 raise StartupError(str(_first(errors))) from errors
             finally:
                 self._stopped.set()
+                with trio.CancelScope(shield=True):
+                    await listener.aclose()
 
     def _take_folder(self, held: ExitStack) -> None:
         """Keep every other process off the data folder for as long as `held` lasts."""
@@ -205,14 +213,18 @@ class BrokerNode:
         if self.broker.long_poll:
             self.broker.long_poll.notify(topic, queue_id, max_offset, units)
 
-    def _role_changed(self, role: Role, term: int, leader_id: str | None, ready: bool) -> None:
-        self.log.info("role changed", role=role.name.lower(), term=term, leader=leader_id, ready=ready)
+    def _role_changed(self, _role: Role, _term: int, _leader_id: str | None, ready: bool) -> None:
         if ready:
             self.broker.long_poll.wake_all()
         else:
             self.broker.resets.clear()
         self.router.forwarder.leadership_changed()
         self.registration.wake()
+
+    def _turn_done(self) -> None:
+        """What was dispatched in this turn can be read now."""
+        self.broker.long_poll.wake_notified()
+        self.broker.flush_changed()
 
     def _topics_changed(self, _names: list[str]) -> None:
         self.registration.wake()

@@ -6,6 +6,7 @@ and the ranges go out as they lie there.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
@@ -24,6 +25,7 @@ from remoting.codes import (
 )
 from remoting.command import encode_response
 from remoting.frames import Frame, PullHeader, decode_pull, format_pull_response_head
+from runtime.model import Buffer
 
 if TYPE_CHECKING:
     from broker.context import BrokerContext
@@ -217,10 +219,9 @@ class PullProcessor:
         # Few units are needed where most of them match, so a filter's scan goes in growing steps.
         step = min(scan_end - offset, 2 * messages_max)
         units = self._queues.units(topic, queue_id, offset, step)
-        hot = self._group.is_hot(UNIT.unpack_from(units)[0])
-        if hot:
-            bytes_max = config.pull_max_bytes
-        else:
+        bytes_max = config.pull_max_bytes
+        position = UNIT.unpack_from(units)[0]
+        if self._broker.is_far_behind(position):
             messages_max, bytes_max = min(wanted, COLD_MESSAGES_MAX), COLD_BYTES_MAX
         ranges: Ranges = []
         count = total = 0
@@ -253,47 +254,23 @@ class PullProcessor:
             self._write_empty(header, conn, _RETRY, "NO_MATCHED_MESSAGE", next_begin, low, high)
             return
         ranges.append((start, end))
-        if not hot:
-            try:
-                self._cold_send.send_nowait(_ColdJob(header, conn, ranges, count, total, next_begin, low, high))
-            except trio.WouldBlock:
-                remark = "[OVERLOAD]too many pulls wait for the disk"
-                conn.write(encode_response(header.opaque, ResponseCode.SYSTEM_BUSY, {}, remark=remark))
+        # The end of the log is mapped and in memory; what lies before it may not be, and a page fault stops the loop.
+        read = self._group.read if self._group.is_hot(position) else self._group.read_cached
+        parts = _gather(read, ranges, total)
+        if parts is not None:
+            self._write_found(header, conn, parts, count, total, next_begin, low, high)
             return
-        parts = self._gather(ranges, total)
-        if parts is None:
-            # Trimmed between the two looks: the client goes on behind it.
-            self._write_empty(header, conn, _RETRY, "MESSAGE_WAS_REMOVING", next_begin, low, high)
-            return
-        self._write_found(header, conn, parts, count, total, next_begin, low, high)
-
-    def _gather(self, ranges: Ranges, total: int) -> list[memoryview] | list[bytes] | None:
-        """The bytes of the ranges; None where some are gone."""
-        read = self._group.read
-        if len(ranges) == 1:
-            start, end = ranges[0]
-            view = read(start, end - start)
-            return None if view is None else [view]
-        first, last = ranges[0][0], ranges[-1][1]
-        if first < last and last - first <= 4 * total + RANGE_WORTH_ITS_OWN_WRITE:
-            # One look at the log for all of them; fails only where a segment ends in between.
-            span = read(first, last - first)
-            if span is not None:
-                views = [span[start - first : end - first] for start, end in ranges]
-                return views if total >= RANGE_WORTH_ITS_OWN_WRITE * len(views) else [b"".join(views)]
-        views = []
-        for start, end in ranges:
-            view = read(start, end - start)
-            if view is None:
-                return None
-            views.append(view)
-        return views if total >= RANGE_WORTH_ITS_OWN_WRITE * len(views) else [b"".join(views)]
+        try:
+            self._cold_send.send_nowait(_ColdJob(header, conn, ranges, count, total, next_begin, low, high))
+        except trio.WouldBlock:
+            remark = "[OVERLOAD]too many pulls wait for the disk"
+            conn.write(encode_response(header.opaque, ResponseCode.SYSTEM_BUSY, {}, remark=remark))
 
     def _write_found(
         self,
         header: PullHeader,
         conn: Any,
-        parts: list[memoryview] | list[bytes],
+        parts: Sequence[Buffer],
         count: int,
         total: int,
         next_begin: int,
@@ -328,10 +305,34 @@ class PullProcessor:
             if conn.closed_reason is not None:
                 continue
             if len(parts) < len(job.ranges):
+                # Trimmed between the two looks: the client goes on behind it.
                 self._write_empty(header, conn, _RETRY, "MESSAGE_WAS_REMOVING", job.next_begin, job.low, job.high)
             else:
                 self._write_found(header, conn, parts, job.count, job.total, job.next_begin, job.low, job.high)
             conn.flush()
+
+
+def _gather(read: Callable[[int, int], Buffer | None], ranges: Ranges, total: int) -> Sequence[Buffer] | None:
+    """The bytes of the ranges; None where `read` does not have them all."""
+    if len(ranges) == 1:
+        start, end = ranges[0]
+        only = read(start, end - start)
+        return None if only is None else [only]
+    parts: list[Buffer] = []
+    first, last = ranges[0][0], ranges[-1][1]
+    if first < last and last - first <= 4 * total + RANGE_WORTH_ITS_OWN_WRITE:
+        # One look at the log for all of them; fails only where a segment ends in between.
+        span = read(first, last - first)
+        if span is not None:
+            view = memoryview(span)
+            parts += [view[start - first : end - first] for start, end in ranges]
+    if not parts:
+        for start, end in ranges:
+            part = read(start, end - start)
+            if part is None:
+                return None
+            parts.append(part)
+    return parts if total >= RANGE_WORTH_ITS_OWN_WRITE * len(parts) else [b"".join(parts)]
 
 
 class _ColdJob:

@@ -161,7 +161,11 @@ class ProcessorRig:
         self.state.on_dispatch.append(self._dispatched)
         self.state.on_role.append(lambda *_: self.forwarder.leadership_changed())
         self.state.on_app_message.append(self.forwarder.receive)
-        self.state.on_turn_done.append(self.broker.flush_changed)
+        self.state.on_turn_done.append(self._turn_done)
+
+    def _turn_done(self) -> None:
+        self.broker.long_poll.wake_notified()
+        self.broker.flush_changed()
 
     def _dispatched(self, topic: str, queue_id: int, max_offset: int, units: bytes) -> None:
         self.broker.stats.count_put(topic, len(units) // 20, 0)
