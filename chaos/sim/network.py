@@ -13,15 +13,31 @@ from typing import TYPE_CHECKING
 from attrs import define
 
 from chaos.sim.chance import stream
+from chaos.sim.properties import PropertyBroken
 from dledger.core.events import PeerLost, PeerUp, Receive
 from dledger.core.messages import AppendReply, Message, PreVoteReply, VoteReply
+from dledger.wire import MESSAGE_BYTES_MAX, MessageReader, decode_raft, encode_raft
 
 if TYPE_CHECKING:
     from chaos.sim.world import World
 
+CODEC_SHARE = 0.05
+"""This part of all messages passes through the real codec, cut at a random byte (chaos.md 5.3)."""
 REPLIES = (AppendReply, PreVoteReply, VoteReply)
 USER_TIMEOUT = 2.0
 RECONNECT_SECONDS_MIN = 0.02
+
+
+def through_codec(message: Message, cut: float) -> Message:
+    """The message as it comes out of the real wire codec, fed in two pieces. Raises PropertyBroken if it changed."""
+    data = b"".join(encode_raft(message))
+    reader = MessageReader(MESSAGE_BYTES_MAX)
+    middle = int(len(data) * cut)
+    received = reader.feed(data[:middle]) + reader.feed(data[middle:])
+    decoded = [decode_raft(one) for one in received]
+    if len(decoded) != 1 or encode_raft(decoded[0]) != encode_raft(message) or type(decoded[0]) is not type(message):
+        raise PropertyBroken(f"the wire codec turns {message} into {decoded}")
+    return decoded[0]
 
 
 @define(eq=False)
@@ -68,6 +84,8 @@ class Network:
         if self._cuts.get((source, target)):
             self.dropped += 1
             return
+        if rng.random() < CODEC_SHARE:
+            message = through_codec(message, rng.random())
         delay = plan.latency * (0.5 + rng.random())
         if not self.is_calm:
             chance = rng.random()

@@ -406,7 +406,8 @@ class Raft:
             self._arm_election_timer(now)
             return
         self.role = ROLE_TRANSITIONS[self.role][cause]
-        self.leader = None
+        if not ticket:
+            self.leader = None
         self._is_fresh = False
         self._ticket = ticket
         self._saw_leader = False
@@ -457,7 +458,9 @@ class Raft:
 
     def _lose_round(self, now: float) -> None:
         was_candidate = self.role is Role.CANDIDATE
-        self._follow(now, Cause.ROUND_LOST, self.term, None)
+        self._follow(now, Cause.ROUND_LOST, self.term, self.leader)
+        if self.leader is not None:
+            return  # an attempted transfer: its leader leads on
         if was_candidate:
             # A split vote: whoever wakes first wins the next round.
             self._campaign_soon(now, SPLIT_VOTE_DELAY_MAX, SPLIT_VOTE_DELAY_MIN)
@@ -594,7 +597,7 @@ class Raft:
         granted = is_term_free and not has_leader and is_log_good
         self._send(peer, PreVoteReply(self.term, message.term, granted, has_leader, self.recovering))
         if not granted:
-            if not has_leader and not is_log_good and self.role is Role.FOLLOWER:
+            if not is_log_good and self.role is Role.FOLLOWER and not self._hears_leader(now):
                 # Somebody misses a leader, we hear none either, and ours is the better log.
                 soon = now + self._rng.uniform(0.0, self.config.peer_lost_jitter_max)
                 self._election_deadline = min(self._election_deadline, soon)

@@ -1,0 +1,416 @@
+"""What hurt others: the scenarios of raft.md 6.2 that concern the core, by their numbers there.
+
+1 (figure 8), 27 (last message of a burst) and the plain forms of 2 and 21 stand in `test_paper_replication.py`.
+"""
+
+from __future__ import annotations
+
+from dledger.core import effects as fx
+from dledger.core import messages as msg
+from dledger.core.config import RaftConfig
+from dledger.core.events import DiskState, Propose, Tick, Transfer, Written
+from dledger.core.log import MemoryLog
+from dledger.core.transitions import PeerState
+from dledger.core.types import EntryType, HardState, Role
+from tests.paper.harness import Group, make_log, terms_of
+
+
+def append_of(
+    log: MemoryLog, from_index: int, to_index: int, *, term: int, commit: int = 0, seq: int = 1
+) -> msg.Append:
+    prev = from_index - 1
+    prev_term, prev_crc = log.term_at(prev), log.head_crc_at(prev)
+    assert prev_term is not None and prev_crc is not None
+    entries = tuple(log.entries(from_index, 1 << 20))[: to_index - prev]
+    return msg.Append(term, prev, prev_term, prev_crc, commit, seq, entries)
+
+
+def test_02_a_delayed_append_does_not_shorten_a_log() -> None:
+    """pysyncobj cuts everything behind the predecessor; dledger#142 kept stale requests in a map."""
+    theirs = make_log(1, 1, 1, 1)
+    group = Group()
+    group["n1"].receive("n0", append_of(theirs, 1, 4, term=1, seq=2))
+    group["n1"].receive("n0", append_of(theirs, 1, 2, term=1, seq=1))
+    group["n1"].receive("n0", append_of(theirs, 3, 2, term=1, seq=1))
+    assert group.raft("n1").last_index == 4 and group["n1"].did(fx.Cut) == []
+
+
+def test_02_a_delayed_append_of_an_older_term_is_refused() -> None:
+    theirs, older = make_log(1, 3), make_log(1, 2, 2)
+    group = Group()
+    group["n1"].receive("n0", append_of(theirs, 1, 2, term=3))
+    group["n1"].receive("n2", append_of(older, 2, 3, term=2))
+    assert terms_of(group["n1"].log) == [1, 3]
+
+
+def test_03_commit_does_not_run_ahead_of_what_the_leader_verified() -> None:
+    """copycat#265, rabbitmq/ra#508, scylladb#9965: the follower's own tail may differ from the leader's."""
+    theirs = make_log(1, 3, 3, 3)
+    group = Group(logs={"n1": make_log(1, 2, 2, 2)})
+    group["n1"].receive("n0", append_of(theirs, 2, 1, term=3, commit=4))
+    assert group.raft("n1").commit_index == 1
+    group["n1"].receive("n0", append_of(theirs, 2, 4, term=3, commit=4, seq=2))
+    assert group.raft("n1").commit_index == 4 and terms_of(group["n1"].log) == [1, 3, 3, 3]
+
+
+def test_03_what_an_older_leader_verified_counts_no_longer() -> None:
+    first, second = make_log(1, 1, 1), make_log(1, 2)
+    group = Group()
+    group["n1"].receive("n0", append_of(first, 1, 3, term=1))
+    group["n1"].receive("n2", append_of(second, 2, 1, term=2, commit=2))
+    assert group.raft("n1").verified_index == 1 and group.raft("n1").commit_index == 1
+
+
+def test_04_a_late_success_of_an_older_term_does_not_count() -> None:
+    """copycat#29: n0 led term 1, leads again, and an answer from back then arrives."""
+    group = Group()
+    group.elect("n0")
+    late = msg.AppendReply(1, 1, True, 1, 1)
+    group["n0"].receive("n1", msg.Vote(2, 0, 0))
+    group.take()
+    group.tick("n0")
+    for _ in range(4):
+        group.deliver(group.take())
+        group.take(lambda packet: isinstance(packet[2], msg.Append))
+    assert group.raft("n0").role is Role.LEADER and group.raft("n0").term == 3
+    group["n0"].receive("n1", late)
+    assert group.raft("n0").progress["n1"].written == 0
+
+
+def test_04_an_answer_to_an_older_term_is_not_taken_for_one_of_ours() -> None:
+    """Found by our simulator: a refused append of term 1 was answered with its sequence and the newer term."""
+    group = Group(hard_states={"n1": HardState(5, None)})
+    group["n1"].receive("n0", msg.Append(1, 0, 0, 0, 0, 205))
+    ((_, _, answer),) = group.wire
+    assert answer == msg.AppendReply(5, 0, False, 0, 0)
+    leader = Group(hard_states={"n0": HardState(4, None)})
+    leader.elect("n0")
+    state = leader.raft("n0").progress["n1"].state
+    leader["n0"].receive("n1", msg.AppendReply(5, 0, False, 0, 0))
+    assert leader.raft("n0").progress["n1"].state is state is PeerState.REPLICATE
+
+
+def test_05_a_restart_remembers_term_and_vote() -> None:
+    """camunda#1068, pysyncobj#201, hiqlite#361: also when all three restart together."""
+    group = Group()
+    for name in group.names:
+        group[name].receive("n0" if name != "n0" else "n1", msg.Vote(4, 9, 3))
+    group.take()
+    for name in group.names:
+        group[name].boot()
+        assert group.raft(name).term == 4
+    group["n1"].receive("n2", msg.Vote(4, 9, 3))
+    assert group.wire[-1] == ("n1", "n2", msg.VoteReply(4, False))
+    group["n1"].receive("n0", msg.Vote(4, 9, 3))
+    assert group.wire[-1] == ("n1", "n0", msg.VoteReply(4, True))
+
+
+def test_05_a_stored_entry_proves_its_term() -> None:
+    """The crash may come between writing an entry of a new term and saving that term."""
+    group = Group(logs={"n0": make_log(1, 7)}, hard_states={"n0": HardState(3, "n1")})
+    assert (group.raft("n0").term, group.raft("n0").vote) == (7, None)
+
+
+def test_06_a_leader_counts_itself_only_once_its_disk_says_so() -> None:
+    """etcd#14370, d-engine#447."""
+    group = Group()
+    group.elect("n0")
+    group.cut |= {("n0", "n2"), ("n2", "n0")}
+    group["n0"].writes = False
+    index = group["n0"].propose()
+    group.settle()
+    assert group.raft("n0").progress["n1"].written == index
+    assert group.raft("n0").commit_index == index - 1
+    group["n0"].complete_writes()
+    assert group.raft("n0").commit_index == index
+
+
+def test_06_a_group_of_one_too() -> None:
+    group = Group(1)
+    group["n0"].writes = False
+    group.tick("n0")
+    assert group.raft("n0").role is Role.LEADER and group.raft("n0").commit_index == 0
+    group["n0"].complete_writes()
+    assert group.raft("n0").commit_index == 1
+
+
+def test_06_a_group_of_one_leads_only_with_its_vote_saved() -> None:
+    group = Group(1)
+    group["n0"].saves = False
+    group.tick("n0")
+    assert group.raft("n0").role is Role.CANDIDATE
+    group["n0"].complete_saves()
+    assert group.raft("n0").role is Role.LEADER
+
+
+def test_06_a_group_of_one_leads_within_100_ms_of_its_start() -> None:
+    group = Group(1)
+    assert group.raft("n0").deadline <= group.now + 0.1
+
+
+def test_13_pre_vote_at_unequal_terms_does_not_deadlock() -> None:
+    """etcd#8243, #8501: leader dead; n1 has the longer log, n2 the higher term."""
+    group = Group(
+        logs={"n1": make_log(1, 1, 1), "n2": make_log(1)}, hard_states={"n1": HardState(1), "n2": HardState(6, "n2")}
+    )
+    group.isolate("n0")
+    group.run(8.0)
+    assert group.leaders() == ["n1"] and group.raft("n1").term > 6
+
+
+def test_13_a_refused_asker_adopts_the_higher_term_and_asks_again_soon() -> None:
+    group = Group(hard_states={"n1": HardState(6, "n1")})
+    group.isolate("n2")
+    group.tick("n0")
+    group.settle()
+    assert group.raft("n0").term == 6 and group["n0"].saved.term == 6
+    assert group.raft("n0").deadline <= group.now + 0.06
+    group.tick("n0")
+    group.settle()
+    assert group.leaders() == ["n0"]
+
+
+def test_14_a_candidate_cut_off_after_its_pre_vote_does_not_inflate_terms() -> None:
+    """canonical/raft#196."""
+    group = Group()
+    group.tick("n0")
+    group.deliver(group.take())
+    group.deliver(group.take())
+    assert group.raft("n0").role is Role.CANDIDATE and group.raft("n0").term == 1
+    group.isolate("n0")
+    group.take()
+    group.run(30.0)
+    assert group.raft("n0").term == 1
+
+
+def test_16_a_partial_partition_leaves_the_leader_in_peace() -> None:
+    """Howard 2020: A-B and B-C up, A-C down; also when the connection is seen to close."""
+    for leader, other in (("n0", "n2"), ("n2", "n0")):
+        group = Group()
+        group.elect(leader)
+        group.cut |= {(leader, other), (other, leader)}
+        group.lose(other, leader, hard=True)
+        group.lose(leader, other, hard=True)
+        group.run(20.0)
+        assert group.leaders() == [leader] and group.raft(leader).term == 1
+        assert group.raft(other).term == 1
+
+
+def test_16_one_way_loss_towards_the_leader_deposes_it_once() -> None:
+    """Followers hear it, it hears nobody: check-quorum makes room, and the next leader stays."""
+    group = Group(5)
+    group.elect("n0")
+    group.cut |= {(name, "n0") for name in group.names if name != "n0"}
+    group.run(12.0)
+    (leader,) = group.leaders()
+    assert leader != "n0"
+    term = group.raft(leader).term
+    group.run(20.0)
+    assert group.leaders() == [leader] and group.raft(leader).term == term
+
+
+def test_17_nothing_gets_between_reading_the_last_entry_and_the_vote() -> None:
+    """braft, sofa-jraft#882. One event is one step: a vote granted and an append accepted never mix."""
+    group = Group()
+    theirs = make_log(1, 1)
+    member = group["n1"]
+    member.saves = False
+    member.receive("n2", msg.Vote(1, 0, 0))
+    assert group.wire == []
+    member.receive("n0", append_of(theirs, 1, 2, term=2))
+    member.complete_saves()
+    assert not any(isinstance(message, msg.VoteReply) for _, _, message in group.wire)
+    assert member.saved == HardState(2, None)
+
+
+def test_18_heartbeats_alone_do_not_keep_a_leader_with_a_dead_disk() -> None:
+    """hashicorp/raft#503, #612, #666; tarantool#9399."""
+    group = Group()
+    group.elect("n0")
+    group["n0"].writes = False
+    group["n0"].propose()
+    group["n0"].step(DiskState(group.now, False))
+    group.settle()
+    (leader,) = group.leaders()
+    assert leader != "n0"
+    group["n0"].receive(leader, msg.TimeoutNow(group.raft(leader).term, 5))
+    assert group.raft("n0").role is Role.FOLLOWER
+
+
+def test_19_a_node_with_a_higher_term_and_a_shorter_log_rejoins() -> None:
+    """dledger#85, #144, #325: it stayed candidate for ever."""
+    group = Group(
+        logs={"n0": make_log(1, 1, 1), "n1": make_log(1, 1, 1), "n2": make_log(1)},
+        hard_states={"n2": HardState(9, "n2")},
+    )
+    group.isolate("n2")
+    group.elect("n0")
+    group.heal()
+    group.run(6.0)
+    (leader,) = group.leaders()
+    assert leader in ("n0", "n1") and group.raft(leader).term > 9
+    assert group.raft("n2").leader == leader
+    assert group.raft("n2").last_index == group.raft(leader).last_index
+
+
+def test_20_commit_never_passes_the_end_after_a_cut() -> None:
+    """dledger#316. The cut itself is possible only above the commit index."""
+    group = Group(logs={"n1": make_log(1, 1, 2, 2, 2)})
+    group["n1"].boot(commit_index=2)
+    group["n1"].receive("n0", append_of(make_log(1, 1, 3), 3, 3, term=3, commit=2))
+    raft = group.raft("n1")
+    assert raft.commit_index == 2 <= raft.last_index == 3
+    assert raft.written_index == raft.durable_index == 3
+
+
+def test_20_a_commit_hint_above_the_recovered_log_is_bounded() -> None:
+    group = Group(logs={"n1": make_log(1)})
+    group["n1"].boot(commit_index=7)
+    assert group.raft("n1").commit_index == 1
+
+
+def test_21_a_blank_follower_is_filled_on_an_idle_group() -> None:
+    """dledger#61, braft#292: nothing new is ever proposed."""
+    group = Group(logs={"n0": make_log(*(1,) * 500), "n1": make_log(*(1,) * 500)})
+    group.isolate("n2")
+    group.elect("n0")
+    group.heal()
+    group.run(3.0)
+    assert group.raft("n2").commit_index == group.raft("n0").last_index == 501
+
+
+def test_21_a_follower_before_the_first_entry_waits_for_segments_quietly() -> None:
+    """redpanda#2232, dledger#61: the pusher must not loop on what retention has removed."""
+    log = make_log(*(1,) * 20)
+    log.trim(10)
+    group = Group(logs={"n0": log, "n1": make_log(*(1,) * 20)})
+    group.isolate("n2")
+    group.elect("n0")
+    group.heal()
+    group.now += 0.2
+    group.heartbeat("n0")
+    progress = group.raft("n0").progress["n2"]
+    assert progress.state is PeerState.SEGMENTS and progress.next_index == 11
+    sent = progress.seq
+    group.run(1.5)
+    assert progress.seq - sent <= 11  # heartbeats only
+    assert group.leaders() == ["n0"]
+
+
+def test_22_a_purged_predecessor_is_no_conflict() -> None:
+    """openraft#511."""
+    theirs = make_log(*(1,) * 12)
+    ours = make_log(*(1,) * 10)
+    ours.trim(8)
+    group = Group(logs={"n1": ours})
+    group["n1"].boot(commit_index=8)
+    group["n1"].receive("n0", append_of(theirs, 3, 12, term=1))
+    assert group["n1"].did(fx.Cut) == [] and group.raft("n1").failed is None
+    assert group.raft("n1").last_index == 12
+
+
+def test_26_a_transfer_while_the_target_dies_leaves_the_leader() -> None:
+    """hashicorp GH-581, dledger#247."""
+    group = Group()
+    group.elect("n0")
+    group["n0"].step(Transfer(group.now, "n1"))
+    group.take()  # TimeoutNow is lost with its receiver
+    group.isolate("n1")
+    group.lose("n0", "n1", hard=True)
+    group.run(1.1)
+    assert group.leaders() == ["n0"] and group.raft("n0").accepts_proposals
+    index = group["n0"].propose()
+    group.settle()
+    assert group.raft("n0").commit_index == index
+
+
+def test_26_what_the_leader_sent_behind_the_order_does_not_stop_the_target() -> None:
+    """The commit news of the last entry overtook every transfer in our own first version."""
+    group = Group()
+    group.elect("n0")
+    group["n0"].propose()
+    group["n0"].step(Transfer(group.now, "n1"))
+    group.settle()
+    assert group.leaders() == ["n1"]
+
+
+def test_26_a_target_whose_log_is_too_short_disturbs_nobody() -> None:
+    group = Group()
+    group.elect("n0")
+    group.isolate("n2")
+    group["n0"].propose()
+    group.settle()
+    group.heal()
+    group["n2"].receive("n0", msg.TimeoutNow(1, 99))
+    group.settle()
+    assert group.leaders() == ["n0"] and group.raft("n2").term == 1
+    group.run(3.0)
+    assert group.raft("n2").role is Role.FOLLOWER and group.raft("n2").leader == "n0"
+
+
+def test_26_a_stray_order_is_ignored() -> None:
+    group = Group()
+    group.elect("n0")
+    for peer, term in (("n2", 1), ("n0", 0)):
+        group["n1"].receive(peer, msg.TimeoutNow(term, 5))
+        assert group.raft("n1").role is Role.FOLLOWER
+
+
+def test_27_a_refused_proposal_is_refused_once_and_whole() -> None:
+    group = Group()
+    group.elect("n0")
+    member = group["n0"]
+    first = member.frame(b"a")
+    member.receive("n1", msg.Vote(9, 9, 9))
+    member.step(Propose(group.now, (first,)))
+    assert [effect.entries for effect in member.did(fx.Refused) if isinstance(effect, fx.Refused)] == [(first,)]
+    member.step(Tick(group.now))
+    assert len(member.did(fx.Refused)) == 1
+
+
+def test_27_commits_are_announced_once_and_in_order() -> None:
+    group = Group()
+    group.elect("n0")
+    for _ in range(50):
+        group["n0"].propose()
+    group.settle()
+    for name in group.names:
+        committed = group[name].committed
+        assert committed == sorted(set(committed)) and committed[-1] == 51
+
+
+def test_a_stale_rejection_does_not_send_the_leader_back() -> None:
+    """openraft, raft-rs: many pipelined messages are refused for one lost one; only the first refusal counts."""
+    group = Group(config=RaftConfig(window_messages_max=8))
+    group.elect("n0")
+    group.settle()
+    for _ in range(5):
+        group["n0"].propose()
+    group.take(lambda packet: packet[1] == "n1" and isinstance(packet[2], msg.Append) and packet[2].prev_index == 1)
+    group.deliver(group.take(lambda packet: packet[1] == "n1"))
+    refusals = group.take(lambda packet: packet[0] == "n1")
+    assert len(refusals) == 4
+    group.deliver(refusals[:1])
+    probes = group.take(lambda packet: packet[1] == "n1")
+    assert len(probes) == 1
+    group.deliver(refusals[1:])
+    assert group.take(lambda packet: packet[1] == "n1") == []
+    group.deliver(probes)
+    group.settle()
+    assert group.raft("n1").commit_index == 6
+
+
+def test_a_mark_from_before_a_cut_does_not_make_new_entries_written() -> None:
+    group = Group(logs={"n1": make_log(1, 2, 2, 2)})
+    member = group["n1"]
+    member.writes = False
+    member.receive("n0", append_of(make_log(1, 3, 3, 3, 3), 2, 5, term=3))
+    member.step(Written(group.now, 4, 2))
+    assert member.raft.written_index == 1
+
+
+def test_no_op_is_the_only_entry_of_an_idle_term() -> None:
+    group = Group()
+    group.elect("n0")
+    group.run(10.0)
+    assert [entry.type for entry in group["n2"].log] == [EntryType.NOOP]
