@@ -35,7 +35,6 @@ _UINT16 = struct.Struct(">H")
 
 _TAGS = b"TAGS\x01"
 _KEYS = b"KEYS\x01"
-_UNIQ = b"UNIQ_KEY\x01"
 
 
 class RecordError(ValueError):
@@ -144,20 +143,6 @@ def find_property(data: bytes, name: bytes, start: int = 0, end: int | None = No
         limit = at + len(name) - 1
 
 
-def unique_key(properties: bytes) -> bytes | None:
-    return find_property(properties, _UNIQ)
-
-
-def tags(properties: bytes) -> bytes | None:
-    return find_property(properties, _TAGS)
-
-
-def keys(properties: bytes) -> list[bytes]:
-    """The words of KEYS."""
-    text = find_property(properties, _KEYS)
-    return text.split() if text else []
-
-
 def properties_dict(properties: bytes) -> dict[bytes, bytes]:
     """All pairs (store.md 3): pieces without 0x01, with an empty name or an empty value are dropped."""
     result: dict[bytes, bytes] = {}
@@ -188,3 +173,38 @@ class TagCodes:
                 self.known.clear()
             code = self.known[tag] = java_hash(tag.decode("utf-8", "replace"))
         return code
+
+
+Facts = tuple[int, list[bytes], bool]
+"""(tags code, words of KEYS, whether a send with these properties is an ordinary one)."""
+
+
+class PropertyFacts:
+    """What property strings mean, remembered: but for their UNIQ_KEY most messages of a producer have the same ones."""
+
+    __slots__ = ("known", "tag_codes")
+    LIMIT: Final = 4_096
+    LONGEST_BYTES: Final = 512
+
+    def __init__(self) -> None:
+        self.known: dict[bytes, Facts] = {}
+        """Looked up in place by the hot paths; on a miss call `learn`."""
+        self.tag_codes = TagCodes()
+
+    def learn(self, rest: bytes) -> Facts:
+        """The facts of a property string (without its UNIQ_KEY, so that it is met again)."""
+        tag = find_property(rest, _TAGS)
+        words = find_property(rest, _KEYS)
+        facts = (
+            self.tag_codes.of(tag) if tag is not None else 0,
+            words.split() if words is not None else [],
+            b"DELAY\x01" not in rest
+            and b"TRAN_MSG\x01" not in rest
+            and b"TIMER_DEL" not in rest
+            and b"POP_CK\x01" not in rest,
+        )
+        if len(rest) <= self.LONGEST_BYTES:
+            if len(self.known) >= self.LIMIT:
+                self.known.clear()
+            self.known[rest] = facts
+        return facts

@@ -35,9 +35,9 @@ from broker.records import (
     SYS_STORE_IPV6,
     UNIT,
     UNIT_BYTES,
+    PropertyFacts,
     Record,
     RecordError,
-    TagCodes,
     decode_record,
     find_property,
 )
@@ -129,7 +129,7 @@ class BrokerState:
         self.locks = QueueLocks(self._propose_locks, env.clock.monotonic, config.lock_lease_ms / 1000)
         self.delay = DelayProgress()
         self.answers = SendAnswers(self.store_host, config.region_id, config.trace_on)
-        self.tag_codes = TagCodes()
+        self.facts = PropertyFacts()
         self.store_files = StoreFiles(env, config.data_dir)
         self.group: RaftGroup = None  # type: ignore[assignment]  # set by attach, before anything else is called
         self.broker_permission = config.broker_permission
@@ -246,6 +246,8 @@ class BrokerState:
         staged: Staged | None = self.group.open_staged()
         if staged is None:
             staged = Staged(physical_offset)
+            # One look at the clock per batch: it is closed within the turn.
+            staged.store_ms = self.next_store_ms()
             self.group.set_open_staged(staged)
             self._in_flight.append(staged)
             self.group.wake()
@@ -360,7 +362,7 @@ class BrokerState:
         if topic == _SCHEDULE:
             return self.delay.due_ms(queue_id + 1, store_ms)
         tag = find_property(properties, b"TAGS\x01")
-        return self.tag_codes.of(tag) if tag is not None else 0
+        return self.facts.tag_codes.of(tag) if tag is not None else 0
 
     def stage_dedup(self, staged: Staged, topic: bytes, unique: bytes, body_crc: int, physical_offset: int) -> None:
         """A client's own message enters the window."""
@@ -398,7 +400,8 @@ class BrokerState:
         """Hot: every record of every follower comes through here. Returns where the records end."""
         pending = self.queues.pending
         by_queue = staged.by_queue
-        known_tags = self.tag_codes.known
+        known = self.facts.known
+        learn = self.facts.learn
         find = data.find
         find_last = data.rfind
         # Only what clients send is deduplicated; entries with operations hold deliveries, whose keys are in use.
@@ -432,44 +435,28 @@ class BrokerState:
                 )
             queue.next_offset = queue_offset + 1
 
+            found = find_last(b"UNIQ_KEY\x01", start, end)
+            value_end = find(b"\x02", found, end)
+            if found < 0 or value_end < 0 or (found != start and data[found - 1] != 2):
+                rest = data[start:end]
+                unique = find_property(rest, b"UNIQ_KEY\x01")
+            else:
+                unique = data[found + 9 : value_end]
+                rest = data[start:found] + data[value_end + 1 : end]
+            facts = known.get(rest)
+            tags_code, words, _is_ordinary = learn(rest) if facts is None else facts
             if queue.is_schedule:
                 tags_code = self.delay.due_ms(queue_id + 1, store_ms)
-            else:
-                tags_code = 0
-                found = find_last(b"TAGS\x01", start, end)
-                if found >= 0:
-                    value_end = find(b"\x02", found, end)
-                    tag = (
-                        data[found + 5 : value_end]
-                        if value_end > 0 and (found == start or data[found - 1] == 2)
-                        else find_property(data, b"TAGS\x01", start, end)
-                    )
-                    if tag:
-                        code = known_tags.get(tag)
-                        tags_code = self.tag_codes.of(tag) if code is None else code
-
-            found = find_last(b"UNIQ_KEY\x01", start, end)
-            if found >= 0:
-                value_end = find(b"\x02", found, end)
-                unique = (
-                    data[found + 9 : value_end]
-                    if value_end > 0 and (found == start or data[found - 1] == 2)
-                    else find_property(data, b"UNIQ_KEY\x01", start, end)
-                )
-                if unique:
-                    add_hash(_crc32(unique, queue.index_seed))
-                    add_position(physical)
-                    if dedup is not None and not reconsumed:
-                        key = hash((topic, unique, body_crc))
-                        dedup[key] = physical
-                        add_dedup_key(key)
-            if find(b"KEYS\x01", start, end) >= 0:
-                words = find_property(data, b"KEYS\x01", start, end)
-                if words is not None:
-                    seed = queue.index_seed
-                    for word in words.split():
-                        add_hash(_crc32(word, seed))
-                        add_position(physical)
+            if unique:
+                add_hash(_crc32(unique, queue.index_seed))
+                add_position(physical)
+                if dedup is not None and not reconsumed:
+                    key = hash((topic, unique, body_crc))
+                    dedup[key] = physical
+                    add_dedup_key(key)
+            for word in words:
+                add_hash(_crc32(word, queue.index_seed))
+                add_position(physical)
 
             units = by_queue.get(queue)
             if units is None:

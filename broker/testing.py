@@ -189,6 +189,10 @@ class MemoryGroup:
             return None
         return memoryview(bytes(self._log[physical_offset : physical_offset + nbytes]))
 
+    def read_cached(self, physical_offset: int, nbytes: int) -> bytes | None:
+        data = self.read(physical_offset, nbytes)
+        return bytes(data) if data is not None else None
+
     async def read_cold(self, physical_offset: int, nbytes: int) -> bytes | None:
         data = self.read(physical_offset, nbytes)
         return bytes(data) if data is not None else None

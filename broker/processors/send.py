@@ -126,6 +126,7 @@ class SendProcessor:
         ).encode()
         self._max_properties = config.max_properties_bytes - len(self._suffix)
         self._topics: dict[str, SendTopic] = {}
+        self._facts = state.facts
         self._rng = state.env.rng("broker.send")
         ids = state.env.ids
         self._unique_keys = UniqKeyGenerator(state.store_host[:-4], ids.pid, ids.salt(4))
@@ -161,10 +162,6 @@ class SendProcessor:
             not 0 <= queue_id < topic.limit
             or not 0 < body_bytes <= self._max_body
             or sys_flag & _ORDINARY_SYS_FLAGS
-            or b"DELAY\x01" in properties
-            or b"TRAN_MSG\x01" in properties
-            or b"TIMER_DEL" in properties
-            or b"POP_CK\x01" in properties
             or len(born_host) != 8
         ):
             self._send_slowly(header, body, conn)
@@ -175,11 +172,18 @@ class SendProcessor:
         value_end = properties.find(b"\x02", found)
         if found < 0 or value_end < 0 or (found and properties[found - 1] != 2) or properties[-1] != 2:
             properties, unique = self._complete(properties)
+            rest = properties
         else:
             unique = properties[found + 9 : value_end]
-        stored_properties = properties + self._suffix
-        properties_bytes = len(stored_properties)
-        if properties_bytes > 32_767 or not unique:
+            # What the properties mean but for the key is the same for most messages of a producer.
+            rest = properties[:found] + properties[value_end + 1 :]
+        facts = self._facts.known.get(rest)
+        if facts is None:
+            facts = self._facts.learn(rest)
+        tags_code, words, is_ordinary = facts
+        suffix = self._suffix
+        properties_bytes = len(properties) + len(suffix)
+        if not is_ordinary or properties_bytes > 32_767 or not unique:
             self._send_slowly(header, body, conn)
             return
 
@@ -210,11 +214,7 @@ class SendProcessor:
             queue = topic.queues[queue_id] = state.queues.pending_queue(topic.name, queue_id)
         queue_offset = queue.next_offset
         queue.next_offset = queue_offset + 1
-        store_ms = self._wall_ms()
-        if store_ms > state.last_store_ms:
-            state.last_store_ms = store_ms
-        else:
-            store_ms = state.last_store_ms
+        store_ms = staged.store_ms
         group.add_record(
             b"".join(
                 (
@@ -238,36 +238,23 @@ class SendProcessor:
                     body,
                     topic.prefix,
                     _pack_length(properties_bytes),
-                    stored_properties,
+                    properties,
+                    suffix,
                 )
             )
         )
 
-        tags_code = 0
-        found = properties.rfind(b"TAGS\x01")
-        if found >= 0:
-            if not found or properties[found - 1] == 2:
-                tag: bytes | None = properties[found + 5 : properties.find(b"\x02", found)]
-            else:
-                tag = find_property(properties, b"TAGS\x01")
-            if tag:
-                code = state.tag_codes.known.get(tag)
-                tags_code = state.tag_codes.of(tag) if code is None else code
         units = staged.by_queue.get(queue)
         if units is None:
             units = staged.by_queue[queue] = []
         units.append(_pack_unit(physical, size, tags_code))
         staged.count += 1
-        staged.store_ms = store_ms
         seed = topic.index_seed
         staged.hashes.append(_crc32(unique, seed))
         staged.positions.append(physical)
-        if b"KEYS\x01" in properties:
-            words = find_property(properties, b"KEYS\x01")
-            if words is not None:
-                for word in words.split():
-                    staged.hashes.append(_crc32(word, seed))
-                    staged.positions.append(physical)
+        for word in words:
+            staged.hashes.append(_crc32(word, seed))
+            staged.positions.append(physical)
         if key:
             dedup.current[key] = physical
             staged.dedup_keys.append(key)
