@@ -50,6 +50,7 @@ class RaftGroup:
         self.machine = machine
         self.node_id = config.node_id
         self.group_uuid = config.group_uuid
+        """Identity of the group, 32 hex digits; final once `run` has started."""
         self._env = env
         self._log = log.bind(group=config.group, node=config.node_id)
         self._listener = listener
@@ -85,6 +86,7 @@ class RaftGroup:
         env.files.make_dirs(folder)
         with env.files.lock(f"{folder}/lock"):
             identity = self._identify()
+            self.group_uuid = identity.group_uuid
             meta = MetaFile.open(env.files, folder, identity)
             try:
                 store, recovered = await LogStore.open(env, folder, identity.segment_bytes, meta)
@@ -115,6 +117,9 @@ class RaftGroup:
             format_folder(env, folder, wanted)
             self._log.info("data folder formatted", folder=folder, group_uuid=wanted.group_uuid)
             return wanted
+        if config.cluster_uuid is None:
+            # Derived from the peers' addresses only when a folder is formatted; addresses may change later.
+            wanted = evolve(wanted, cluster_uuid=found.cluster_uuid, group_uuid=found.group_uuid)
         check_format(folder, found, wanted)
         if found.segment_bytes != wanted.segment_bytes:
             self._log.warning(
@@ -171,7 +176,7 @@ class RaftGroup:
                 commit_index=applied_index,
                 recovering=recovering,
             ),
-            make_peers=lambda driver: Peers(env, config, identity.segment_bytes, self._log, driver),
+            make_peers=lambda driver: Peers(env, config, identity, self._log, driver),
             staged=staged,
             applied_index=applied_index,
             segment_bytes=identity.segment_bytes,
@@ -344,6 +349,13 @@ class RaftGroup:
         if driver is None or physical_offset < 0 or physical_offset + nbytes > driver.committed_position:
             return None
         return driver.store.read(physical_offset, nbytes)
+
+    def read_cached(self, physical_offset: int, nbytes: int) -> bytes | None:
+        """A copy, where the page cache has the bytes; None also where `read` has none. Never waits for the disk."""
+        driver = self._driver
+        if driver is None or physical_offset < 0 or physical_offset + nbytes > driver.committed_position:
+            return None
+        return driver.store.read_cached(physical_offset, nbytes)
 
     async def read_cold(self, physical_offset: int, nbytes: int) -> bytes | None:
         """As `read`, in a thread: for bytes that may have to come from the disk. Checkpoint."""

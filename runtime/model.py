@@ -57,6 +57,10 @@ class Ids(Protocol):
     def boot_id(self) -> str:
         """Changes when the machine restarts, and so when a page cache may have been lost."""
 
+    @property
+    def memory_bytes(self) -> int:
+        """Physical memory of the machine: how far back a page cache may reach."""
+
 
 class File(Protocol):
     """One open file. Positional I/O only; synchronous calls touch the page cache, awaitable ones may wait for disk."""

@@ -47,6 +47,11 @@ class RealIds:
         """Changes when the machine restarts; where the system has none, changes with each process, the safe side."""
         return self._boot_id
 
+    @property
+    def memory_bytes(self) -> int:
+        """Physical memory of the machine."""
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
 
 def _read_boot_id() -> str:
     try:

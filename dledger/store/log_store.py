@@ -386,6 +386,14 @@ class LogStore:
             return None
         return segment.view[offset : offset + nbytes]
 
+    def read_cached(self, position: int, nbytes: int) -> bytes | None:
+        """A copy of what `read` shows, or None where it would have to come from the disk."""
+        offset = position % self._segment_bytes
+        segment = self._by_base.get(position - offset)
+        if segment is None or offset + nbytes > self._segment_bytes:
+            return None
+        return segment.file.pread_nowait(nbytes, offset)
+
     async def read_in_thread(self, position: int, nbytes: int) -> bytes | None:
         """As `read`, without a page fault on the loop. Checkpoint."""
         offset = position % self._segment_bytes

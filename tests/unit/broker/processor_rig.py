@@ -60,11 +60,15 @@ class RigGroup(MemoryGroup):
         self.group_uuid = config.group.group_uuid
         self.leader_id = config.node_id if leading else None
         self.hot = True
+        self.cached = True
         self.sent: list[tuple[str, bytes]] = []
         self.connected = True
 
     def is_hot(self, physical_offset: int) -> bool:
         return self.hot
+
+    def read_cached(self, physical_offset: int, nbytes: int) -> bytes | None:
+        return super().read_cached(physical_offset, nbytes) if self.cached else None
 
     def send_app(self, peer_id: str, payload: bytes) -> bool:
         if not self.connected:

@@ -65,6 +65,7 @@ class FixedIds:
     host: str = "test"
     pid: int = 77
     boot_id: str = "boot"
+    memory_bytes: int = 1 << 34
 
     def salt(self, nbytes: int) -> bytes:
         return bytes(range(nbytes))

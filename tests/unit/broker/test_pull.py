@@ -313,10 +313,20 @@ async def test_cold_data_is_read_beside_the_loop(rig: ProcessorRig) -> None:
     for number in range(12):
         rig.send("T", b"%d" % number)
     rig.group.hot = False
+    assert len(bodies(rig.ask(PULL, rig.pull_ext("T", 0)))) == 12, "the page cache has it: answered at once"
+    rig.group.cached = False
     assert rig.tell(PULL, rig.pull_ext("T", 0)) == []
     async with trio.open_nursery() as nursery:
         nursery.start_soon(rig.pull.read_cold_forever)
         await trio.testing.wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
     (answer,) = rig.conn.received()
+    assert bodies(answer) == [b"%d" % number for number in range(12)] and answer.ext["nextBeginOffset"] == "12"
+
+
+async def test_a_pull_from_far_behind_gets_eight_messages(rig: ProcessorRig) -> None:
+    for number in range(12):
+        rig.send("T", b"%d" % number)
+    rig.broker._memory_reach = 0
+    answer = rig.ask(PULL, rig.pull_ext("T", 0))
     assert bodies(answer) == [b"%d" % number for number in range(8)] and answer.ext["nextBeginOffset"] == "8"
