@@ -212,7 +212,9 @@ class Producer:
             self.has_sent = True
             client.heartbeat_soon()
         while True:
-            route = await self._route(message.topic, deadline, problems)
+            route = client.routes.at_hand(message.topic)
+            if route is None or not route.writable:
+                route = await self._route(message.topic, deadline, problems)
             if route is None:
                 break
             if properties is None:

@@ -143,10 +143,17 @@ class RouteCache:
                 newest = route
         return newest.addresses(broker_name) if newest is not None else []
 
+    def at_hand(self, topic: str) -> TopicRoute | None:
+        """The route, unless it is a provisional one due for another look. Never waits."""
+        route = self._routes.get(topic)
+        if route is not None and route.provisional and self._clock.monotonic() - route.fetched_at > PROVISIONAL_S:
+            return None
+        return route
+
     async def get(self, topic: str, *, for_publish: bool = False) -> TopicRoute:
         """The route, asked for where none is at hand. Raises NoRoute. Checkpoint if it asks; cancel-safe."""
-        route = self._routes.get(topic)
-        if route is not None and not (route.provisional and self._clock.monotonic() - route.fetched_at > PROVISIONAL_S):
+        route = self.at_hand(topic)
+        if route is not None:
             return route
         return await self.refresh(topic, for_publish=for_publish)
 
