@@ -72,7 +72,10 @@ class GroupConfig:
 
     @property
     def effective_cluster_uuid(self) -> str:
-        """`cluster_uuid`, or a value every member derives alike, so that formatting a folder needs no exchange."""
+        """`cluster_uuid`, or a value every member derives alike, so that formatting a folder needs no exchange.
+
+        Once a folder is formatted, the uuid in it counts when `cluster_uuid` is absent.
+        """
         if self.cluster_uuid is not None:
             return self.cluster_uuid
         members = ";".join(f"{name}={host}:{port}" for name, (host, port) in sorted(self.peers.items()))

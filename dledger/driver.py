@@ -141,7 +141,7 @@ class Driver:
         self._is_news_due = False
         self._sync_kick = trio.Event()
         self._spare_kick = trio.Event()
-        self._disk_busy_since: float | None = None
+        self._disk_busy: dict[str, float] = {}
         self._is_disk_ok = True
         self._is_disk_full = False
 
@@ -504,6 +504,11 @@ class Driver:
             nursery.start_soon(self._keep_time)
             await self._run_turns()
             nursery.cancel_scope.cancel()
+        for staged in self.batch.stop(None):
+            self._machine.discard(staged)
+        for each in self._staged:
+            self._orphan(each)
+        self._machine.turn_done()
 
     def stop(self) -> None:
         self._is_stopping = True
@@ -552,9 +557,9 @@ class Driver:
             wanted, self._hard_state = self._hard_state, None
             if wanted is None:
                 continue
-            self._disk_busy_since = self._monotonic()
+            self._disk_busy["term and vote"] = self._monotonic()
             await self._meta.save_hard_state(*wanted)
-            self._disk_busy_since = None
+            del self._disk_busy["term and vote"]
             self._inbox.append(HardStateSaved(self._monotonic(), *wanted))
             self.pump()
 
@@ -569,9 +574,9 @@ class Driver:
             self._sync_kick = trio.Event()
             if not self.store.unsynced:
                 continue
-            self._disk_busy_since = self._monotonic()
+            self._disk_busy["log"] = self._monotonic()
             await self.store.sync()
-            self._disk_busy_since = None
+            del self._disk_busy["log"]
             self.counters["syncs"] += 1
             if self.store.unsynced:
                 self._sync_kick.set()
@@ -632,7 +637,7 @@ class Driver:
         limit = 2 * self._config.election_timeout_ms_min / 1000
         if self._config.flush == "async":
             limit = max(limit, STALL_SECONDS_MIN_ASYNC)
-        is_stalled = self._disk_busy_since is not None and now - self._disk_busy_since > limit
+        is_stalled = any(now - since > limit for since in self._disk_busy.values())
         is_ok = not is_stalled and not self._is_disk_full
         if is_ok != self._is_disk_ok:
             self._is_disk_ok = is_ok

@@ -17,6 +17,7 @@ import trio
 from dledger.config import GroupConfig
 from dledger.core.messages import Append, AppendReply, Message, PreVoteReply, VoteReply
 from dledger.core.types import Buffer
+from dledger.store.format import Format
 from dledger.wire import (
     APP_BYTES_MAX,
     KIND_APP,
@@ -210,10 +211,10 @@ class Link:
 class Peers:
     """The member's side of all its connections. `run` is one service; the rest is synchronous."""
 
-    def __init__(self, env: Env, config: GroupConfig, segment_bytes: int, log: Logger, events: PeerEvents) -> None:
+    def __init__(self, env: Env, config: GroupConfig, identity: Format, log: Logger, events: PeerEvents) -> None:
         self._env = env
         self._config = config
-        self._segment_bytes = segment_bytes
+        self._identity = identity
         self._log = log
         self._events = events
         self._rng = env.rng(f"peers/{config.group}/{config.node_id}")
@@ -315,36 +316,36 @@ class Peers:
             del self._dialled[peer]
 
     def _hello(self, to: str) -> Hello:
-        config = self._config
+        identity = self._identity
         return Hello(
             PROTOCOL_VERSION,
-            config.cluster,
-            config.effective_cluster_uuid,
-            config.group,
-            config.group_uuid,
-            config.node_id,
+            identity.cluster,
+            identity.cluster_uuid,
+            identity.group,
+            identity.group_uuid,
+            identity.node_id,
             to,
             self._env.ids.boot_id,
-            self._segment_bytes,
+            identity.segment_bytes,
             self._env.ids.salt(NONCE_BYTES),
         )
 
     def _check(self, theirs: Hello, expected_id: str | None) -> None:
         """Raises Refused, with a reason an operator understands."""
-        config = self._config
+        identity = self._identity
         for what, there, here in (
             ("protocol version", theirs.version, PROTOCOL_VERSION),
-            ("cluster", theirs.cluster, config.cluster),
-            ("cluster uuid", theirs.cluster_uuid, config.effective_cluster_uuid),
-            ("group", theirs.group, config.group),
-            ("group uuid", theirs.group_uuid, config.group_uuid),
-            ("segment size", theirs.segment_bytes, self._segment_bytes),
-            ("addressee", theirs.to, config.node_id),
+            ("cluster", theirs.cluster, identity.cluster),
+            ("cluster uuid", theirs.cluster_uuid, identity.cluster_uuid),
+            ("group", theirs.group, identity.group),
+            ("group uuid", theirs.group_uuid, identity.group_uuid),
+            ("segment size", theirs.segment_bytes, identity.segment_bytes),
+            ("addressee", theirs.to, identity.node_id),
         ):
             if there != here:
                 raise Refused(f"its {what} is {there!r}, ours {here!r}")
-        if theirs.node_id not in config.peers or theirs.node_id == config.node_id:
-            raise Refused(f"{theirs.node_id!r} is not another member of group {config.group}")
+        if theirs.node_id not in self._others:
+            raise Refused(f"{theirs.node_id!r} is not another member of group {identity.group}")
         if expected_id is not None and theirs.node_id != expected_id:
             raise Refused(f"{theirs.node_id!r} answers where {expected_id!r} should be")
         if len(theirs.nonce) != NONCE_BYTES:

@@ -14,6 +14,7 @@ from dledger.config import GroupConfig
 from dledger.core.messages import Append, AppendReply, Message, Vote
 from dledger.core.types import EntryType, frame_entry
 from dledger.peers import Peers
+from dledger.store.format import Format
 from dledger.wire import KIND_HELLO, encode
 from runtime.model import Env, Listener
 from runtime.testing import test_env, wait_until
@@ -54,7 +55,15 @@ class Member:
     def __init__(self, env: Env, listener: Listener, config: GroupConfig, segment_bytes: int = 65_536) -> None:
         self.seen = Recorder()
         self.listener = listener
-        self.peers = Peers(env, config, segment_bytes, self.seen, self.seen)  # type: ignore[arg-type]
+        identity = Format(
+            cluster=config.cluster,
+            cluster_uuid=config.effective_cluster_uuid,
+            group=config.group,
+            group_uuid=config.group_uuid,
+            node_id=config.node_id,
+            segment_bytes=segment_bytes,
+        )
+        self.peers = Peers(env, config, identity, self.seen, self.seen)  # type: ignore[arg-type]
         self.scope = trio.CancelScope()
 
     async def run(self) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import errno
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+from attrs import evolve
 
 from dledger.core.types import Role
-from dledger.errors import FormatError, NotLeader
+from dledger.errors import FormatError, NotLeader, Overloaded, StoreFailed
 from dledger.group import RaftGroup
-from runtime.files import Locked
+from runtime.files import Locked, RealFile
 from runtime.logs import get_logger
 from runtime.testing import wait_until
 from tests.unit.dledger.dledger_toy import RECORD_BYTES, ToyCluster, ToyMachine, toy_env
@@ -159,7 +162,8 @@ async def test_follower_with_an_uncommitted_tail_is_cut_to_the_leaders_log(tmp_p
                 old.running.seal()
                 old.running.wake()
             await trio.sleep(0.002)
-        assert set(outcomes) == {"unknown"} and old.machine.pending
+        # What reached the log may yet be committed; what was still open when the role went did not reach it.
+        assert "unknown" in outcomes and set(outcomes) <= {"unknown", "discarded"} and old.machine.pending
         await old.kill()
         for node in others:
             await node.start()
@@ -324,3 +328,134 @@ async def test_proposals_that_find_no_quorum_become_unknown_in_time(tmp_path: Pa
         await wait_until(lambda: outcomes, limit=2, what="an answer")
         assert outcomes == ["unknown"] and leader.running.role is Role.LEADER
         assert leader.running.statistics().waiting_records == 0
+
+
+async def test_cluster_uuid_of_the_folder_counts_when_none_is_configured(tmp_path: Path) -> None:
+    """Another port, or another host, is no other cluster."""
+    async with cluster(tmp_path, 1) as toy:
+        await toy.put(b"one")
+        node = toy.nodes["n0"]
+        uuid = node.running.group_uuid
+        await node.running.stop_gracefully()
+        listener = await toy.env.net.listen("127.0.0.1", 0)
+        toy.peers = {"n0": listener.address}
+        await node.start(listener)
+        assert node.running.group_uuid == uuid != toy.config("n0").group_uuid
+        await toy.put(b"two")
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+async def test_random_kills_lose_nothing_that_was_acknowledged(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    print(f"seed {seed}")
+    async with cluster(tmp_path, segment_bytes=65_536, flush=rng.choice(["async", "sync"])) as toy:
+        acknowledged: list[bytes] = []
+        unknown: set[bytes] = set()
+        refused: set[bytes] = set()
+        sent = 0
+
+        def told(record: bytes) -> Callable[[str], None]:
+            def answer(how: str) -> None:
+                if how == "applied":
+                    acknowledged.append(record)
+                else:
+                    (unknown if how == "unknown" else refused).add(record)
+
+            return answer
+
+        for _ in range(8):
+            deadline = trio.current_time() + rng.uniform(0.05, 0.25)
+            while trio.current_time() < deadline:
+                for leader in toy.leaders():
+                    for _ in range(rng.randrange(1, 60)):
+                        record = b"%d" % sent
+                        sent += 1
+                        with suppress(NotLeader, Overloaded):
+                            leader.machine.put(leader.running, record, told(record))
+                            if rng.random() < 0.1:
+                                leader.running.seal()
+                await trio.sleep(rng.choice([0, 0.001, 0.01]))
+            for node in rng.sample(list(toy.nodes.values()), rng.choice([1, 1, 2, 3])):
+                await node.kill()
+                if rng.random() < 0.5:
+                    await trio.sleep(rng.uniform(0, 0.2))
+                await node.start()
+            await toy.leader()
+        await toy.put(b"end")
+        await toy.level()
+        assert_identical(toy)
+        stored = [record.rstrip(b".") for record in toy.nodes["n0"].machine.applied]
+        assert len(stored) == len(set(stored))
+        assert acknowledged and set(acknowledged) <= set(stored)
+        assert not refused & set(stored)
+        print(f"sent {sent} acknowledged {len(acknowledged)} unknown {len(unknown)} refused {len(refused)}")
+
+
+async def test_leader_with_a_full_disk_hands_over_and_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocate = RealFile.allocate
+    full: list[str] = []
+
+    def maybe_full(file: RealFile, nbytes: int) -> None:
+        if any(file.path.startswith(folder) for folder in full):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        allocate(file, nbytes)
+
+    monkeypatch.setattr(RealFile, "allocate", maybe_full)
+    async with cluster(tmp_path, segment_bytes=65_536) as toy:
+        await toy.put(b"first")
+        old = await toy.leader()
+        full.append(str(old.folder))
+        for batch in range(6):
+            for number in range(400):
+                with suppress(NotLeader, Overloaded):
+                    for leader in toy.leaders():
+                        leader.machine.put(leader.running, b"%d.%d" % (batch, number), lambda _: None)
+            await toy.put(b"end of %d" % batch)
+        await wait_until(lambda: old.running.role is Role.FOLLOWER, what="the full node to give up")
+        assert not old.running.statistics().disk_ok and old.error is None
+        full.clear()
+        await toy.level()
+        await wait_until(lambda: old.running.statistics().disk_ok, what="the disk to be well again")
+        assert_identical(toy)
+
+
+async def test_failed_sync_ends_the_node_and_not_the_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with cluster(tmp_path, flush="sync") as toy:
+        await toy.put(b"one")
+        old = await toy.leader()
+        toy.is_error_expected = True
+        sync = RealFile.sync
+
+        async def broken(file: RealFile) -> None:
+            if file.path.startswith(str(old.folder)):
+                raise OSError(errno.EIO, "Input/output error")
+            await sync(file)
+
+        monkeypatch.setattr(RealFile, "sync", broken)
+        old.machine.put(old.running, b"two", lambda _: None)
+        await old.ended.wait()
+        assert isinstance(old.error, StoreFailed) and "Input/output error" in str(old.error)
+        await toy.put(b"three")
+
+
+async def test_power_loss_under_async_flush_makes_a_node_recover_first(tmp_path: Path) -> None:
+    class OtherBoot:
+        host, pid, boot_id = "h", 1, "another boot"
+
+        def salt(self, nbytes: int) -> bytes:
+            return bytes(nbytes)
+
+    async with cluster(tmp_path) as toy:
+        await toy.put(b"one")
+        leader = await toy.leader()
+        follower = next(node for node in toy.alive() if node is not leader)
+        await follower.kill()
+        toy.env = evolve(toy.env, ids=OtherBoot())
+        await follower.start()
+        assert follower.running.statistics().recovering
+        await toy.put(b"two")
+        await toy.level()
+        await wait_until(lambda: not follower.running.statistics().recovering, what="the leader's confirmation")
+        assert_identical(toy)
