@@ -28,6 +28,7 @@ from broker.records import (
     SYS_TRANSACTION_PREPARED,
     UNIT,
     V1_OVERHEAD_BYTES,
+    Facts,
     Record,
     decode_record,
     find_property,
@@ -605,28 +606,18 @@ class SendProcessor:
 
     def _send_batch(self, header: SendHeader, body: bytes, config: TopicConfig, conn: Any) -> None:
         """A client's batch: an entry of its own, so that it is stored as a whole or not at all."""
-        messages: list[tuple[int, bytes, bytes, bytes]] = []
-        suffix = self._suffix
-        limit = self._config.max_properties_bytes
         try:
-            for flag, message, properties in iter_batch(body):
-                properties, unique = self._complete(properties)
-                properties += suffix
-                if not message or len(properties) > limit:
-                    raise BodyError("a message of the batch is empty or has too many properties")
-                if b"DELAY\x01" in properties and _int_or_zero(find_property(properties, b"DELAY\x01")) > 0:
-                    raise BodyError("messages of a batch cannot be delayed")
-                messages.append((flag, message, properties, unique))
+            messages = self._read_batch(body)
         except BodyError as error:
             self._answer(header, conn, ResponseCode.MESSAGE_ILLEGAL, f"the batch is illegal: {error}")
             return
         state = self._state
         topic = config.topic_name.encode()
         queue_id = header.queue_id if header.queue_id >= 0 else self._rng.randrange(config.write_queue_nums)
-        body_crc = _crc32(messages[0][1]) & 0x7FFFFFFF
-        if self._dedup.enabled:
-            earlier = self._dedup.find(hash((topic, messages[0][3], body_crc)))
-            keys = [(unique, _crc32(message) & 0x7FFFFFFF) for _flag, message, _properties, unique in messages]
+        dedup = self._dedup
+        if dedup.enabled:
+            earlier = dedup.find(hash((topic, messages[0][3], messages[0][4])))
+            keys = [(message[3], message[4]) for message in messages]
             if earlier is not None and self._answer_duplicate(header, body, conn, topic, queue_id, keys, earlier):
                 return
         sys_flag = header.sys_flag & ~SYS_TRANSACTION_MASK
@@ -634,40 +625,55 @@ class SendProcessor:
             sys_flag |= SYS_MULTI_TAGS
         born_host = host_to_bytes(*conn.peer)
         extra = V1_OVERHEAD_BYTES + len(topic) + (12 if len(born_host) != 8 else 0) + (0 if self._straight else 12)
-        total = sum([len(message) + len(properties) + extra for _flag, message, properties, _unique in messages])
+        total = sum([len(message[1]) + len(message[2]) + extra for message in messages])
         positions: list[int] = []
         offsets: list[int] = []
 
         def make(start: int, staged: Staged) -> list[bytes]:
             queue = state.queues.pending_queue(topic, queue_id)
+            seed = queue.index_seed
             store_ms = state.next_store_ms()
+            queue_offset = queue.next_offset
+            offsets.append(queue_offset)
+            reconsumed = header.reconsume_times
+            window = dedup.current if dedup.enabled and not reconsumed else None
+            units: list[bytes] = []
             records: list[bytes] = []
-            offsets.append(queue.next_offset)
-            for flag, message, properties, unique in messages:
+            for flag, message, properties, unique, body_crc, (tags_code, words, _is_ordinary) in messages:
                 record = encode_record(
                     queue_id,
                     flag,
-                    queue.next_offset,
+                    queue_offset,
                     start,
                     sys_flag,
                     header.born_timestamp,
                     born_host,
                     store_ms,
                     self._store_host,
-                    header.reconsume_times,
+                    reconsumed,
                     0,
                     message,
                     topic,
                     properties,
                 )
-                tags_code = state.tags_code_of(topic, queue_id, properties, store_ms)
-                state.stage_record(staged, queue, start, len(record), tags_code, store_ms)
-                state.stage_keys(staged, topic, properties, start)
-                if not header.reconsume_times:
-                    state.stage_dedup(staged, topic, unique, int.from_bytes(record[8:12]), start)
+                queue_offset += 1
+                units.append(_pack_unit(start, len(record), tags_code))
+                staged.hashes.append(_crc32(unique, seed))
+                staged.positions.append(start)
+                for word in words:
+                    staged.hashes.append(_crc32(word, seed))
+                    staged.positions.append(start)
+                if window is not None:
+                    key = hash((topic, unique, body_crc))
+                    window[key] = start
+                    staged.dedup_keys.append(key)
                 positions.append(start)
                 records.append(record)
                 start += len(record)
+            queue.next_offset = queue_offset
+            staged.by_queue[queue] = units
+            staged.count = len(records)
+            staged.store_ms = store_ms
             return records
 
         def stored(ok: bool, reason: str | None) -> None:
@@ -684,6 +690,31 @@ class SendProcessor:
             state.propose_records(make, total, (), stored)
         except (NotLeader, Overloaded, TooLarge) as error:
             self._refuse_by(error, header, conn)
+
+    def _read_batch(self, body: bytes) -> list[tuple[int, bytes, bytes, bytes, int, Facts]]:
+        """(flag, body, properties as stored, UNIQ_KEY, body CRC, facts) of each message. Raises BodyError."""
+        suffix = self._suffix
+        limit = self._config.max_properties_bytes - len(suffix)
+        known = self._facts.known
+        messages: list[tuple[int, bytes, bytes, bytes, int, Facts]] = []
+        for flag, message, properties in iter_batch(body):
+            found = properties.rfind(b"UNIQ_KEY\x01")
+            value_end = properties.find(b"\x02", found)
+            if found < 0 or value_end < 0 or (found and properties[found - 1] != 2) or properties[-1] != 2:
+                properties, unique = self._complete(properties)
+                rest = properties
+            else:
+                unique = properties[found + 9 : value_end]
+                rest = properties[:found] + properties[value_end + 1 :]
+            facts = known.get(rest)
+            if facts is None:
+                facts = self._facts.learn(rest)
+            if not message or not unique or len(properties) > limit:
+                raise BodyError("a message of the batch is empty, or its properties are too long or broken")
+            if not facts[2] and _int_or_zero(find_property(rest, b"DELAY\x01")) > 0:
+                raise BodyError("messages of a batch cannot be delayed")
+            messages.append((flag, message, properties + suffix, unique, _crc32(message) & 0x7FFFFFFF, facts))
+        return messages
 
     # ---------------------------------------------------------------------------------------------------- duplicates
 
