@@ -73,14 +73,14 @@ class LiveView:
                 self._console.print(f"{clock_time(event.at_ms)} {event.text}")
 
     async def watch(self, supervisor: Supervisor) -> None:
-        """Draw four times a second until cancelled."""
+        """Draw four times a second until the cluster stops."""
         brokers = [node for node in supervisor.state().nodes if node.kind == "broker"]
         async with quorate.connect(self._config.namesrv_addresses(), env=self._env) as client:
             reader = StatusReader(self._env, client)
             with Live(console=self._console, auto_refresh=False, transient=False) as live:
                 self._live = live
                 try:
-                    while True:
+                    while not supervisor.is_stopping:
                         due = self._env.clock.monotonic() + REFRESH_S
                         statuses = await reader.read(brokers, within_s=ASK_WITHIN_S)
                         live.update(self._draw(statuses, supervisor), refresh=True)

@@ -29,8 +29,8 @@ def promise(config: ClusterConfig) -> str:
     size = len(group.nodes)
     quorum = size // 2 + 1
     where = "in the page cache of" if group.flush == "async" else "on the disk of"
-    caveat = "; a power cut of them all at once may lose the last moments" if group.flush == "async" else ""
-    return f'flush "{group.flush}": an acknowledged message is {where} {quorum} of {size} nodes{caveat}'
+    caveat = " (safe from crashes of nodes, not from a power cut of all)" if group.flush == "async" else ""
+    return f'flush "{group.flush}": acknowledged means {where} {quorum} of {size} nodes{caveat}'
 
 
 def hints(config: ClusterConfig) -> str:

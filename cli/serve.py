@@ -120,6 +120,9 @@ def _serve(env: Env, assignment: Assignment) -> str | None:
     """Run until stopped; one sentence where the node could not start or go on."""
     is_managed = assignment.supervisor_pid is not None
     path = assignment.layout.log(assignment.node.name) if is_managed else None
+    if is_managed:
+        # structlog would load rich for a console that a managed node does not have: a sixth of its start
+        sys.modules.setdefault("rich", None)  # type: ignore[arg-type]
     try:
         env.files.make_dirs(assignment.layout.node(assignment.node.name))
         configure_logging(path, json=is_managed or not sys.stderr.isatty())

@@ -161,6 +161,10 @@ class Supervisor:
             nodes=brokers_first,
         )
 
+    @property
+    def is_stopping(self) -> bool:
+        return self._is_stopping
+
     def leader_of(self, group: str) -> str | None:
         """Name of the node that leads a raft group, as last reported."""
         return self._leaderships[group].node

@@ -117,7 +117,7 @@ def test_unknown_request_code(running: Cluster, node: str) -> None:
         (TOPIC, 0, BODY_BYTES_MAX + 1, {ResponseCode.MESSAGE_ILLEGAL}, ""),
         ("no spaces, please", 0, 10, {ResponseCode.INVALID_PARAMETER}, "topic"),
         ("", 0, 10, {ResponseCode.INVALID_PARAMETER, ResponseCode.SYSTEM_ERROR}, ""),
-        ("x" * 128, 0, 10, {ResponseCode.INVALID_PARAMETER}, "127"),
+        ("x" * 128, 0, 10, {ResponseCode.INVALID_PARAMETER}, "longer"),
         (TOPIC, 99, 10, {ResponseCode.INVALID_PARAMETER}, "99"),
     ],
     ids=["unknown topic", "body over 4 MiB", "illegal topic", "empty topic", "long topic", "wrong queue"],
@@ -213,7 +213,7 @@ def refused(*arguments: str) -> str:
     ran = run_quorate("up", *arguments, check=False)
     assert ran.returncode in (1, 2), ran
     assert "Traceback" not in ran.stderr
-    assert ran.stdout == ""
+    assert "ready" not in ran.stdout
     return ran.stderr
 
 
