@@ -211,7 +211,7 @@ class Producer:
         if not self.has_sent:
             self.has_sent = True
             client.heartbeat_soon()
-        while True:
+        while clock.monotonic() < deadline:
             route = client.routes.at_hand(message.topic)
             if route is None or not route.writable:
                 route = await self._route(message.topic, deadline, problems)
@@ -235,9 +235,7 @@ class Producer:
             if address is not None:
                 attempts += 1
                 tried.append(address)
-                remaining = deadline - clock.monotonic()
-                if remaining <= 0:
-                    break
+                remaining = max(0.001, deadline - clock.monotonic())
                 request = self._request(message, code, body, target, born_ms, properties)
                 try:
                     answer = await client.remoting.invoke(address, request, min(remaining, max(1.0, timeout / 3)))
