@@ -40,6 +40,7 @@ from broker.records import (
     RecordError,
     decode_record,
     find_property,
+    store_timestamp_of,
 )
 from broker.store_files import CheckpointUnusable, StoreFiles, decode_checkpoint, encode_checkpoint
 from broker.tables import InvariantBroken
@@ -471,16 +472,39 @@ class BrokerState:
 
     def _stage_covered(self, staged: Staged, count: int, data: bytes, base: int) -> None:
         """Rebuild the dedup window from an entry that the checkpoint's tables already hold."""
-        plain = self._records_end(count, data) == len(data)
+        if not count:
+            return
+        staged.store_ms = store_timestamp_of(data)
+        staged.count = count
+        # Too old to be a duplicate of anything, or not sent by a client.
+        if (
+            not self.dedup.enabled
+            or self.last_store_ms - staged.store_ms > self.dedup.window_ms
+            or self._records_end(count, data) != len(data)
+        ):
+            return
         at = 0
+        window = self.dedup.current
         for _ in range(count):
-            record = decode_record(data, at)
-            staged.store_ms = record.store_timestamp
-            if plain and not record.reconsume_times and self.dedup.enabled:
-                unique = find_property(record.properties, b"UNIQ_KEY\x01")
+            size, magic, body_crc, _queue_id, _offset, _physical, sys_flag, _store_ms, reconsumed, body_length = (
+                _unpack_head(data, at)
+            )
+            end = at + size
+            if magic == MAGIC_V1 and not sys_flag & _IPV6_BITS:
+                topic_start = at + 89 + body_length
+                topic_end = topic_start + data[topic_start - 1]
+                topic = data[topic_start:topic_end]
+            else:
+                record = decode_record(data, at)
+                topic, reconsumed = record.topic, record.reconsume_times
+                topic_end = end - len(record.properties) - 2
+            if not reconsumed:
+                unique = find_property(data, b"UNIQ_KEY\x01", topic_end + 2, end)
                 if unique is not None:
-                    self.stage_dedup(staged, record.topic, unique, record.body_crc, base + at)
-            at += record.size
+                    key = hash((topic, unique, body_crc))
+                    window[key] = base + at
+                    staged.dedup_keys.append(key)
+            at = end
 
     # -------------------------------------------------------------------------------- StateMachine: apply and discard
 
