@@ -449,30 +449,39 @@ class Peers:
             nursery.start_soon(link.write_queued)
             try:
                 await self._read(link)
-            except WireError as error:
-                self._complain(link.peer, str(error))
-            except trio.BrokenResourceError as error:
-                self._log.debug("peer connection broke", peer=link.peer, reason=str(error))
             finally:
                 link.close()
                 nursery.cancel_scope.cancel()
 
     async def _read(self, link: Link) -> None:
+        """Deliver until the connection ends. What the deliveries raise is not the connection's fault and goes up."""
         peer = link.peer
         events = self._events
         feed = link.reader.feed
         receive = link.stream.receive_some
         monotonic = self._monotonic
-        while data := await receive():
-            link.last_received = monotonic()
-            for received in feed(data):
-                kind = received.kind
-                if kind == KIND_APP:
+        while True:
+            try:
+                data = await receive()
+                if not data:
+                    return
+                link.last_received = monotonic()
+                arrived = [
+                    (received, decode_raft(received) if received.kind < KIND_APP else None) for received in feed(data)
+                ]
+            except trio.BrokenResourceError as error:
+                self._log.debug("peer connection broke", peer=peer, reason=str(error))
+                return
+            except WireError as error:
+                self._complain(peer, str(error))
+                return
+            for received, message in arrived:
+                if message is not None:
+                    events.on_message(peer, message)
+                elif received.kind == KIND_APP:
                     events.on_app_message(peer, bytes(received.raw))
-                elif kind == KIND_PING:
+                elif received.kind == KIND_PING:
                     link.send_control(KIND_PONG)
-                elif kind != KIND_PONG:
-                    events.on_message(peer, decode_raft(received))
             events.pump()
 
     async def _watch(self) -> None:

@@ -363,7 +363,7 @@ async def test_random_kills_lose_nothing_that_was_acknowledged(tmp_path: Path, s
 
             return answer
 
-        for _ in range(8):
+        for _ in range(5):
             deadline = trio.current_time() + rng.uniform(0.05, 0.25)
             while trio.current_time() < deadline:
                 for leader in toy.leaders():
