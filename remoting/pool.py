@@ -246,7 +246,8 @@ class Client:
                 connection.close(str(error))
                 return
             connection.flush()
-            await connection.wait_writable()
+            if connection.outbox_bytes > self._limits.outbox_bytes:
+                await connection.wait_writable()
 
     def _take(self, connection: Connection, command: Command) -> None:
         if command.is_response:
