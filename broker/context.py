@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from broker.clients import ClientTable, ConsumerGroup
+from broker.failures import FailureLog
 from broker.groups import validate_group
 from broker.jobs import Jobs
 from broker.long_poll import LongPollTable
@@ -46,7 +47,8 @@ class BrokerContext:
         self._memory_reach = env.ids.memory_bytes * 2 // 5
         self.pull_offsets: dict[tuple[str, str, int], int] = {}
         """(group, topic, queue id) to the newest pull's offset, for people; thinned out by the housekeeping."""
-        self.jobs = Jobs()
+        self.failures = FailureLog(log)
+        self.jobs = Jobs(self.failures)
         self.address = f"{config.advertised[0]}:{config.advertised[1]}"
         self.master_address = ""
         """Where the leader is registered, as far as the name servers told this follower."""

@@ -17,6 +17,7 @@ import trio
 
 from remoting.codes import FLAG_ONEWAY, RequestCode, ResponseCode
 from remoting.command import Command, encode_response
+from remoting.errors import RemoteProtocolError
 from remoting.frames import Frame
 
 if TYPE_CHECKING:
@@ -342,7 +343,10 @@ class Forwarder:
         conn = ForwardedConnection(self, peer_id, request_id, (host, port))
         frame = (serialize, bytes(payload[header_at:body_at]), bytes(payload[body_at:]))
         if group.is_ready_leader:
-            self._execute(conn, frame)
+            try:
+                self._execute(conn, frame)
+            except RemoteProtocolError as error:
+                self._log.warning("forwarded request cannot be read", peer=peer_id, reason=str(error))
         else:
             # It leads, but the no-op of its term is still on its way: a matter of one round trip.
             self._hold(_Request(conn, frame, 0, 0, False, self._clock.monotonic()))

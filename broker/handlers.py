@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from broker.processors.admin import AdminProcessor
 from broker.processors.client_calls import ClientCallProcessor
@@ -10,6 +10,7 @@ from broker.processors.consumer import ConsumerProcessor
 from broker.processors.progress import ProgressProcessor
 from broker.processors.query import QueryProcessor
 from remoting.codes import RequestCode
+from remoting.command import Command
 
 if TYPE_CHECKING:
     from broker.context import BrokerContext
@@ -23,8 +24,15 @@ def handlers_of(broker: BrokerContext, send_back: Handler) -> dict[int, Handler]
     consumer = ConsumerProcessor(broker)
     progress = ProgressProcessor(broker)
     query = QueryProcessor(broker)
+
+    def counted_send_back(request: Command, conn: Any) -> bytes | None:
+        answer = send_back(request, conn)
+        if answer is None:
+            broker.stats.count_send_back(request.ext.get("originTopic") or "", request.ext.get("group") or "")
+        return answer
+
     return {
-        RequestCode.CONSUMER_SEND_MSG_BACK: send_back,
+        RequestCode.CONSUMER_SEND_MSG_BACK: counted_send_back,
         # looking up
         RequestCode.QUERY_MESSAGE: query.query_message,
         RequestCode.VIEW_MESSAGE_BY_ID: query.view_message,

@@ -6,13 +6,11 @@ others are decoded and handed to a handler `f(request, conn) -> answer or None`,
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
-
 from broker.answers import BUSY, NOT_LEADER, REFUSALS, TOO_LARGE
+from broker.failures import UNEXPECTED
 from broker.forward import ForwardedConnection, Forwarder
 from dledger.errors import NotLeader, Overloaded, TooLarge
 from remoting.codes import RequestCode, ResponseCode
@@ -55,22 +53,6 @@ STALE_IS_FINE: Final = frozenset({RequestCode.SEARCH_OFFSET_BY_TIMESTAMP, Reques
 BAD_INPUT: Final = (HeaderError, BodyError)
 """A request that cannot be read: answered 1 with the reason."""
 
-UNEXPECTED: Final = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    OSError,
-    TypeError,
-    ValueError,
-    struct.error,
-    msgspec.MsgspecError,
-)
-"""What a bug in a handler, or a failing disk, looks like. One request is answered 1 and the node goes on; the traceback
-is logged once per place. Broken invariants are none of these: they stop the node."""
-
-_TRACEBACKS_MAX: Final = 100
-
 
 class Router:
     """The node's FrameHandler. `send` is the send processor's hot entry, `pull` the pull processor's."""
@@ -83,7 +65,6 @@ class Router:
         self._send = send
         self._pull = pull
         self._handlers = handlers
-        self._seen_failures: dict[tuple[int, str, str], None] = {}
         self.forwarder = Forwarder(
             broker.env.clock,
             broker.group,
@@ -122,7 +103,7 @@ class Router:
             except BAD_INPUT as error:
                 self._answer(frame, conn, ResponseCode.SYSTEM_ERROR, str(error))
             except UNEXPECTED as error:
-                self._failed(frame, conn, code, error)
+                self._broker.failures.answer(decode_frame(frame), conn, error)
 
     def turn(self) -> None:
         """After each read: what was answered on other connections leaves now."""
@@ -161,7 +142,7 @@ class Router:
         except TooLarge:
             self._answer(frame, conn, *REFUSALS[TOO_LARGE])
         except UNEXPECTED as error:
-            self._failed(frame, conn, code, error)
+            self._broker.failures.answer(decode_frame(frame), conn, error)
 
     def _needs_leader(self, code: int, request: Command) -> bool:
         if code in LEADER_ONLY:
@@ -185,22 +166,3 @@ class Router:
         request = decode_frame(frame)
         if not request.is_oneway:
             conn.write(encode_response(request, code, {}, remark=remark))
-
-    def _failed(self, frame: Frame, conn: Any, code: int, error: BaseException) -> None:
-        """A handler broke on one request. Say so once per place, with the traceback, and answer 1."""
-        place = _place_of(error)
-        key = (code, type(error).__name__, place)
-        if key not in self._seen_failures and len(self._seen_failures) < _TRACEBACKS_MAX:
-            self._seen_failures[key] = None
-            self._broker.log.exception("request failed unexpectedly", code=code, peer=conn.peer_text, place=place)
-        self._answer(frame, conn, ResponseCode.SYSTEM_ERROR, f"{type(error).__name__}: {error}, {place}")
-
-
-def _place_of(error: BaseException) -> str:
-    """File and line where an exception was raised."""
-    trace = error.__traceback__
-    if trace is None:
-        return "unknown place"
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    return f"{trace.tb_frame.f_code.co_filename.rpartition('/')[2]}:{trace.tb_lineno}"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
+from broker.failures import UNEXPECTED
 from broker.long_poll import SUSPEND_MAX_MS, Parked
 from broker.records import UNIT
 from broker.subscriptions import is_tag_type, tag_hashes
@@ -78,12 +79,20 @@ class PullProcessor:
     def wake(self, parked: Parked, expired: bool) -> None:
         """Second pass of a parked pull: a message has come, or its time is up."""
         conn, header = parked.conn, parked.header
-        refusal = self._check(header, conn)
-        if refusal is not None:
-            conn.write(refusal)
-        else:
-            self._answer(header, conn, can_park=False)
+        try:
+            refusal = self._check(header, conn)
+            if refusal is not None:
+                conn.write(refusal)
+            else:
+                self._answer(header, conn, can_park=False)
+        except UNEXPECTED as error:
+            # This runs inside the group's turn, which one request's failure must not end.
+            self._failed(header, conn, error)
         self._broker.changed(conn)
+
+    def _failed(self, header: PullHeader, conn: Any, error: BaseException) -> None:
+        remark = self._broker.failures.note(header.code, conn.peer_text, error)
+        conn.write(encode_response(header.opaque, ResponseCode.SYSTEM_ERROR, {}, remark=remark))
 
     # -------------------------------------------------------------------------------------------------- the checks
 
@@ -295,13 +304,18 @@ class PullProcessor:
         """One cold reader: pulls whose data is not in memory wait here for the disk, and nobody else. Cancel-safe."""
         read_cold = self._group.read_cold
         async for job in self._cold_receive:
-            parts: list[bytes] = []
-            for start, end in job.ranges:
-                data = await read_cold(start, end - start)
-                if data is None:
-                    break
-                parts.append(data)
             header, conn = job.header, job.conn
+            parts: list[bytes] = []
+            try:
+                for start, end in job.ranges:
+                    data = await read_cold(start, end - start)
+                    if data is None:
+                        break
+                    parts.append(data)
+            except UNEXPECTED as error:
+                self._failed(header, conn, error)
+                conn.flush()
+                continue
             if conn.closed_reason is not None:
                 continue
             if len(parts) < len(job.ranges):

@@ -352,9 +352,9 @@ class _StartAtOnce:
         self.jobs: list[Any] = []
         self.full = False
 
-    def start(self, job: Any, *args: Any) -> bool:
+    def start(self, job: Any, request: Command, conn: Any, *args: Any) -> bool:
         if not self.full:
-            self.jobs.append(job(*args))
+            self.jobs.append(job(request, conn, *args))
         return not self.full
 
 

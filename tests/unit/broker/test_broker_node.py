@@ -13,8 +13,9 @@ import trio.testing
 from attrs import evolve
 
 from broker.config import BrokerConfig
-from broker.errors import StartupError
+from broker.errors import NodeStopped, StartupError
 from broker.node import BrokerNode
+from broker.tables import InvariantBroken
 from dledger.config import GroupConfig
 from namesrv.config import NamesrvConfig
 from namesrv.server import NameServer
@@ -22,6 +23,7 @@ from remoting.bodies import ClusterInfo, decode_body
 from remoting.codes import PULL_SUBSCRIPTION, PULL_SUSPEND, RequestCode, ResponseCode
 from remoting.command import Command
 from remoting.connection import Connection
+from remoting.errors import RemotingError
 from remoting.message_codec import decode_stored_many
 from remoting.pool import Client, open_client
 from runtime.logs import get_logger
@@ -309,6 +311,12 @@ async def test_members_hear_of_changes_and_answer_calls(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ bad beginnings
 
 
+def _leaf(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 async def start_once(env: Env, config: BrokerConfig) -> str:
     """The sentence with which a node refuses to start."""
     node = BrokerNode(env, config)
@@ -318,10 +326,7 @@ async def start_once(env: Env, config: BrokerConfig) -> str:
                 await nursery.start(node.run)
                 nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
-            error: BaseException = group
-            while isinstance(error, BaseExceptionGroup):
-                error = error.exceptions[0]
-            raise error from None
+            raise _leaf(group) from None
     return str(caught.value)
 
 
@@ -359,3 +364,23 @@ async def test_unknown_codes_and_truncated_headers(tmp_path: Path) -> None:
         assert answer.code == ResponseCode.SYSTEM_ERROR and "queueId" in (answer.remark or "")
         answer = await client.invoke(address, client.request(RequestCode.HEART_BEAT, {}, b"{not json"), 3)
         assert answer.code == ResponseCode.SYSTEM_ERROR
+
+
+async def test_a_broken_invariant_stops_the_node_with_one_line(tmp_path: Path) -> None:
+    async with cluster_of(1, tmp_path) as (cluster, _):
+        await cluster.leader()
+    env = test_env(tmp_path)
+
+    def broken(*_: object) -> None:
+        raise InvariantBroken("units do not add up")
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        async with open_client(env, log=LOG) as client, trio.open_nursery() as nursery:
+            node = BrokerNode(env, cluster.configs["n0"])
+            node.state.on_dispatch.append(broken)
+            await nursery.start(node.run)
+            with pytest.raises(RemotingError):
+                await client.call(cluster.address("n0"), 310, send_ext(), b"x")
+    error = _leaf(caught.value)
+    assert isinstance(error, NodeStopped)
+    assert str(error) == "invariant broken, the node stops: units do not add up"

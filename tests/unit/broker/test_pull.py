@@ -330,3 +330,16 @@ async def test_a_pull_from_far_behind_gets_eight_messages(rig: ProcessorRig) -> 
     rig.broker._memory_reach = 0
     answer = rig.ask(PULL, rig.pull_ext("T", 0))
     assert bodies(answer) == [b"%d" % number for number in range(8)] and answer.ext["nextBeginOffset"] == "8"
+
+
+async def test_a_disk_error_is_one_requests_failure(rig: ProcessorRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> bytes:
+        raise OSError("the disk is gone")
+
+    consumer = RigConnection()
+    rig.tell(PULL, rig.pull_ext("T", 0, sysFlag=PARKING, suspendTimeoutMillis=15_000), conn=consumer)
+    monkeypatch.setattr(rig.state.queues, "units", broken)
+    assert rig.send("T", b"x").code == 0, "the turn goes on"
+    (answer,) = consumer.received()
+    assert answer.code == ResponseCode.SYSTEM_ERROR and "the disk is gone" in (answer.remark or "")
+    assert rig.ask(PULL, rig.pull_ext("T", 0)).code == ResponseCode.SYSTEM_ERROR
