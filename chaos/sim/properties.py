@@ -30,6 +30,7 @@ class Properties:
         self._frames: dict[tuple[int, int], int] = {}
         self.committed: dict[int, tuple[int, int]] = {}
         self.committed_index = 0
+        self._committed_in: dict[int, int] = {}
         self.nodes: dict[str, SimNode] = {}
 
     def leads(self, node: SimNode, term: int) -> None:
@@ -37,7 +38,10 @@ class Properties:
         before = self._leaders.setdefault(term, node.name)
         if before != node.name:
             raise PropertyBroken(f"election safety (Raft 5.2): {before} and {node.name} both lead term {term}")
+        # A candidate may learn late that it won, when a higher term has committed more: that is not its duty.
         index = self.committed_index
+        while index and self._committed_in[index] >= term:
+            index -= 1
         if index:
             found = (node.log.term_at(index), node.log.head_crc_at(index))
             if found != self.committed[index]:
@@ -86,6 +90,8 @@ class Properties:
         if entry.index != self.committed_index + 1:
             raise PropertyBroken(f"{node.name} commits {entry.index} behind {self.committed_index}")
         self.committed_index = entry.index
+        assert node.raft is not None
+        self._committed_in[entry.index] = node.raft.term
         holders = sum(1 for other in self.nodes.values() if other.has_kept(entry, durable=self._sync))
         if holders < majority(len(self.nodes)):
             raise PropertyBroken(f"{node.name} commits entry {entry.index}, which only {holders} nodes have")

@@ -82,6 +82,7 @@ class Member:
         now = event.now
         for effect in effects:
             self.done.append(effect)
+            self.group.history.append((self.name, effect))
             match effect:
                 case fx.Send():
                     self.group.wire.append((self.name, effect.peer, effect.message))
@@ -163,6 +164,7 @@ class Group:
         self.config = config or RaftConfig()
         self.wire: list[Packet] = []
         self.cut: set[tuple[str, str]] = set()
+        self.history: list[tuple[str, fx.Effect]] = []
         self.members = {
             name: Member(
                 self, name, (logs or {}).get(name) or MemoryLog(), (hard_states or {}).get(name) or HardState()
