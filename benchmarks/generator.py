@@ -35,6 +35,7 @@ from attrs import asdict, define, field, frozen
 from benchmarks import processes, wire
 
 BATCH_MESSAGES = 32
+BATCH_FRAMES = 32
 PULL_MESSAGES = 32
 REST_S = 0.0002
 _RECEIVE_BYTES = 1 << 20
@@ -589,7 +590,7 @@ def main() -> None:
     given = parser.parse_args()
     pids = [int(pid) for pid in given.pids.split(",") if pid]
     batch = BATCH_MESSAGES if given.mode == "batches" or given.batched else 1
-    window = given.window if given.window is not None else (256 if batch == 1 else 8)
+    window = given.window if given.window is not None else (256 if batch == 1 else BATCH_FRAMES)
     result: LoadResult | LatencyResult
     try:
         match given.mode:

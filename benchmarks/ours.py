@@ -43,6 +43,7 @@ class QuorateCluster(Cluster):
         self._options = list(options)
         self._folder: Path | None = None
         self._namesrv = ""
+        self._pids: list[int] = []
 
     @property
     def namesrv(self) -> str:
@@ -54,7 +55,7 @@ class QuorateCluster(Cluster):
             return []
         return [
             Node(node["name"], node["kind"], node["pid"], node["listen"])
-            for node in self._run("ps", "--json")["nodes"]
+            for node in self._run("ps", "--json")
             if node["pid"] and processes.alive(node["pid"])
         ]
 
@@ -67,15 +68,17 @@ class QuorateCluster(Cluster):
         self._folder = Path(tempfile.mkdtemp(prefix="quorate-bench-", dir=self._parent))
         answer = self._run("up", "--detach", "--json", "--port-base", str(base), *self._options)
         self._namesrv = answer["namesrv"]
+        self._pids = [node["pid"] for node in answer["nodes"]]
 
     def stop(self) -> None:
         """End every process and remove the data. May be called twice."""
         folder = self._folder
         if folder is None:
             return
-        pids: list[int] = []
+        pids = self._pids
         with contextlib.suppress(QuorateFailed):
             pids = [node.pid for node in self.nodes]
+        with contextlib.suppress(QuorateFailed):
             self._run("down", parse=False)
         for pid in pids:
             if not processes.wait_gone(pid, 5.0):
@@ -94,7 +97,7 @@ class QuorateCluster(Cluster):
 
         wire.wait_until(running, 20.0, f"the supervisor restarts {name}", pause=0.2)
 
-    def _run(self, verb: str, *words: str, parse: bool = True) -> dict[str, Any]:
+    def _run(self, verb: str, *words: str, parse: bool = True) -> Any:
         command = [sys.executable, "-m", "cli", verb, *words, "--data", str(self._folder)]
         try:
             done = subprocess.run(
@@ -104,7 +107,4 @@ class QuorateCluster(Cluster):
             raise QuorateFailed(f"quorate {verb} does not return within {_UP_LIMIT_S:.0f} s") from error
         if done.returncode != 0:
             raise QuorateFailed(f"quorate {verb} ended with {done.returncode}: {done.stderr[-800:]}")
-        if not parse:
-            return {}
-        answer: dict[str, Any] = json.loads(done.stdout)
-        return answer
+        return json.loads(done.stdout) if parse else None
