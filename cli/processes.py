@@ -84,7 +84,7 @@ def ps(data_path: str | None, config_path: str | None, as_json: bool) -> None:
             row.get("group", ""),
             row["pid"] if row["pid"] is not None else "-",
             row["listen"],
-            f"{row['state']} {ago(row['since_ms'])}",
+            f"{row['state']} {ago(row['in_state_ms'])}",
             row["restarts"],
             f"{row['resident_bytes'] / 1e6:.0f} MB" if row["resident_bytes"] else "-",
         )
@@ -106,7 +106,7 @@ def _process_row(node: RunningNode, now_ms: int) -> dict[str, Any]:
         "pid": pid,
         "listen": node.listen,
         "state": node.state if pid is not None else "down",
-        "since_ms": max(0, now_ms - node.since_ms),
+        "in_state_ms": max(0, now_ms - node.since_ms),
         "restarts": node.restarts,
         "resident_bytes": resident_bytes(pid) if pid is not None else None,
     }

@@ -97,7 +97,7 @@ async def _produce(
                 receipt = await mq.send(topic, body, **options)
                 sent += 1
                 if as_json:
-                    rows.append(attrs.asdict(receipt))
+                    rows.append({**attrs.asdict(receipt), "elapsed_ms": round(receipt.elapsed_ms, 3)})
                 else:
                     click.echo(
                         f"{receipt.broker_name} queue {receipt.queue_id} offset {receipt.queue_offset}  "
