@@ -204,13 +204,17 @@ class RaftGroup:
         """Bring the machine to what is known to be committed; stage, but do not apply, what lies behind."""
         machine = self.machine
         checkpoint = read_checkpoint(self._env.files, self.config.data_dir)
-        covered = machine.restore(checkpoint[1]) if checkpoint is not None else machine.restore(None)
-        if covered > store.last_index:
-            self._log.warning("checkpoint lies behind the end of the log", covers=covered, last_index=store.last_index)
-            covered = machine.restore(None)
-        if covered + 1 < store.first_index:
-            raise LogDamaged(f"the log begins at entry {store.first_index}, but tables are known only up to {covered}")
-        applied_index = max(covered, commit_hint)
+        covers, blob = checkpoint if checkpoint is not None else (0, None)
+        if covers > store.last_index:
+            self._log.warning("checkpoint lies behind the end of the log", covers=covers, last_index=store.last_index)
+            covers, blob = 0, None
+        # Where the machine wants to read from may lie before what its tables cover (a dedup window is read again).
+        covered = machine.restore(blob)
+        if covers + 1 < store.first_index:
+            raise LogDamaged(f"the log begins at entry {store.first_index}, but tables are known only up to {covers}")
+        covered = max(covered, store.first_index - 1)
+        # What a checkpoint covers was committed.
+        applied_index = max(covered, covers, commit_hint)
         staged: deque[Staged] = deque()
         index = covered + 1
         slice_end = self._env.clock.monotonic() + APPLY_SECONDS_MAX

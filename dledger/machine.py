@@ -63,9 +63,10 @@ class StateMachine(Protocol):
         """End of a driver turn: flush connections."""
 
     def restore(self, checkpoint: bytes | None) -> int:
-        """At start, before replay: load own tables. Returns the entry index they cover (0: none).
+        """At start, before replay: load own tables. Returns the entry behind which the log is to be shown (0: all).
 
-        Called a second time, with None, when the log turns out to end before that index.
+        That may lie before what the checkpoint covers; such entries are staged and applied once more. None: there is no
+        checkpoint, or the log ends before what it covers.
         """
 
 

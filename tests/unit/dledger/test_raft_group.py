@@ -243,7 +243,7 @@ async def test_checkpoint_behind_the_log_is_not_used(tmp_path: Path) -> None:
         node.running.save_checkpoint(99, (99).to_bytes(8, "big"))
         await node.running.stop_gracefully()
         await node.start()
-        assert len(node.machine.restored) == 2 and node.machine.restored[1] is None
+        assert node.machine.restored == [None], "its tables hold entries that the log lacks"
         await toy.put(b"two")
         assert len(node.machine.applied) == 2
 
