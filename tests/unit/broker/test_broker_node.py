@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from broker.config import BrokerConfig
 from broker.errors import NodeStopped, StartupError
 from broker.node import BrokerNode
 from broker.tables import InvariantBroken
-from dledger.config import GroupConfig
 from namesrv.config import NamesrvConfig
 from namesrv.server import NameServer
 from remoting.bodies import ClusterInfo, decode_body
@@ -25,12 +22,10 @@ from remoting.command import Command
 from remoting.connection import Connection
 from remoting.errors import RemotingError
 from remoting.message_codec import decode_stored_many
-from remoting.pool import Client, open_client
-from runtime.logs import get_logger
+from remoting.pool import open_client
 from runtime.model import Env
 from runtime.testing import test_env, wait_until
-
-LOG = get_logger("test")
+from tests.unit.broker.node_rig import LOG, cluster_of
 
 
 def send_ext(queue: int = 0, key: str = "", topic: str = "T") -> dict[str, Any]:
@@ -48,83 +43,6 @@ def pull_ext(offset: int, **changes: Any) -> dict[str, Any]:
         "subVersion": 0, "expressionType": "TAG",
     }  # fmt: skip
     return {**ext, **changes}
-
-
-class Cluster:
-    """Nodes of one group in this process, each with its own nursery so that one can be cut down alone."""
-
-    def __init__(self, env: Env, folder: Path, nursery: trio.Nursery, namesrv: tuple[str, ...]) -> None:
-        self.env = env
-        self.folder = folder
-        self.namesrv = namesrv
-        self._nursery = nursery
-        self.nodes: dict[str, BrokerNode] = {}
-        self._scopes: dict[str, trio.CancelScope] = {}
-        self.configs: dict[str, BrokerConfig] = {}
-
-    async def start_all(self, count: int) -> None:
-        listeners = {f"n{k}": await self.env.net.listen("127.0.0.1", 0) for k in range(count)}
-        peer_listeners = {f"n{k}": await self.env.net.listen("127.0.0.1", 0) for k in range(count)}
-        for number, node_id in enumerate(listeners):
-            self.configs[node_id] = BrokerConfig(
-                cluster="DefaultCluster",
-                broker_name="broker-a",
-                node_id=node_id,
-                broker_id=number,
-                listen=listeners[node_id].address,
-                advertised=listeners[node_id].address,
-                namesrv=self.namesrv,
-                group=GroupConfig(
-                    cluster="DefaultCluster",
-                    group="broker-a",
-                    node_id=node_id,
-                    peers={name: listener.address for name, listener in peer_listeners.items()},
-                    data_dir=f"{self.folder}/{node_id}/raft",
-                    segment_bytes=4 * 1024 * 1024,
-                    format_if_empty=True,
-                ),
-                data_dir=f"{self.folder}/{node_id}",
-            )
-        for node_id in listeners:
-            await self.start(node_id, listener=listeners[node_id], peer_listener=peer_listeners[node_id])
-
-    async def start(self, node_id: str, **listeners: Any) -> BrokerNode:
-        node = BrokerNode(self.env, self.configs[node_id], **listeners)
-        self._scopes[node_id] = await self._nursery.start(self._run, node)
-        self.nodes[node_id] = node
-        return node
-
-    @staticmethod
-    async def _run(node: BrokerNode, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
-        with trio.CancelScope() as scope:
-            async with trio.open_nursery() as nursery:
-                await nursery.start(node.run)
-                task_status.started(scope)
-
-    async def kill(self, node_id: str) -> None:
-        """As if the process died: nothing is written any more."""
-        self._scopes.pop(node_id).cancel()
-        del self.nodes[node_id]
-        await trio.testing.wait_all_tasks_blocked(0.01)
-
-    def address(self, node_id: str) -> str:
-        host, port = self.configs[node_id].listen
-        return f"{host}:{port}"
-
-    async def leader(self) -> str:
-        await wait_until(lambda: any(node.group.is_ready_leader for node in self.nodes.values()), what="a leader")
-        return next(name for name, node in self.nodes.items() if node.group.is_ready_leader)
-
-
-@asynccontextmanager
-async def cluster_of(count: int, folder: Path, namesrv: tuple[str, ...] = ()) -> AsyncIterator[tuple[Cluster, Client]]:
-    env = test_env(folder)
-    async with trio.open_nursery() as nursery:
-        cluster = Cluster(env, folder, nursery, namesrv)
-        await cluster.start_all(count)
-        async with open_client(env, log=LOG) as client:
-            yield cluster, client
-        nursery.cancel_scope.cancel()
 
 
 async def test_one_node_stores_serves_and_remembers(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Codes, remarks of refusals, header fields and bodies are compared; times, addres
 from __future__ import annotations
 
 import json
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from remoting.codes import RequestCode
 from remoting.command import Command
 from remoting.fastjson import loads
 from remoting.message_codec import decode_stored_many
+from tests.unit.broker.node_rig import cluster_of
 from tests.unit.broker.processor_rig import ProcessorRig
 
 TRANSCRIPTS = Path(__file__).parents[2] / "vectors" / "transcripts.json"
@@ -99,23 +101,34 @@ def without_ports(text: str) -> str:
     return head + colon + tail.lstrip("0123456789") if colon else text
 
 
-class Replay:
-    """One recorded part against one rig."""
+Ask = Callable[[Command], Awaitable[Command]]
+"""Asks a broker of ours."""
 
-    def __init__(self, rig: ProcessorRig) -> None:
-        self.rig = rig
+
+def asker_of(rig: ProcessorRig) -> Ask:
+    async def ask(request: Command) -> Command:
+        return rig.ask(request.code, request.ext, bytes(request.body), version=request.version, language="JAVA")
+
+    return ask
+
+
+class Replay:
+    """One recorded part against one broker."""
+
+    def __init__(self, ask: Ask) -> None:
+        self.ask = ask
         self.compared = 0
         self.failures: list[str] = []
         self.positions: dict[int, int] = {}
         """Recorded log positions of messages to ours."""
 
-    def run(self, pair: dict[str, Any]) -> None:
+    async def run(self, pair: dict[str, Any]) -> None:
         request, expected = pair["request"], pair["response"]
         body = bytes.fromhex(request["body_hex"]) if "body_hex" in request else request.get("body", "").encode()
         ext = dict(request.get("extFields") or {})
         if int(ext.get("offset", -1)) in self.positions and request["code"] in (33, 36):
             ext["offset"] = str(self.positions[int(ext["offset"])])
-        answer = self.rig.ask(request["code"], ext, body, version=request["version"], language="JAVA")
+        answer = await self.ask(Command(request["code"], 0, 0, request["version"], "JAVA", None, ext, body))
         theirs = (expected.get("extFields") or {}).get("msgId", "")
         if theirs and answer.ext.get("msgId"):
             for recorded, own in zip(theirs.split(","), answer.ext["msgId"].split(","), strict=True):
@@ -150,9 +163,7 @@ def in_scope(pair: dict[str, Any]) -> bool:
     return pair["name"] not in OUT_OF_SCOPE and pair["name"] not in DIVERGENCES
 
 
-async def test_recorded_pairs_of_a_default_broker(tmp_path: Path) -> None:
-    rig = ProcessorRig(tmp_path)
-    replay = Replay(rig)
+async def replay_default_broker(replay: Replay) -> None:
     recorded = pairs("default_broker")
     found = next(pair for pair in recorded if pair["name"] == "pull found")
     for pair in recorded:
@@ -163,22 +174,39 @@ async def test_recorded_pairs_of_a_default_broker(tmp_path: Path) -> None:
                     f"{k}\x01{v}\x02" for k, v in message["properties"].items() if k not in ("CLUSTER", "MSG_REGION")
                 )
                 ext = dict(next(p for p in recorded if p["name"] == "send to queue 0")["request"]["extFields"])
-                assert rig.ask(310, {**ext, "i": properties}, message["body"].encode()).code == 0
+                request = Command(310, 0, 0, 479, "JAVA", None, {**ext, "i": properties}, message["body"].encode())
+                assert (await replay.ask(request)).code == 0
             # A negative queue is drawn at random; take the one that was drawn then.
             pair["request"]["extFields"]["e"] = "1"
         if in_scope(pair):
-            replay.run(pair)
+            await replay.run(pair)
     assert not replay.failures, "\n".join(replay.failures)
     assert replay.compared >= 75, replay.compared
+
+
+async def test_recorded_pairs_of_a_default_broker(tmp_path: Path) -> None:
+    rig = ProcessorRig(tmp_path)
+    await replay_default_broker(Replay(asker_of(rig)))
     pushed = [command.code for command in rig.conn.pushed]
     assert pushed.count(RequestCode.NOTIFY_CONSUMER_IDS_CHANGED) >= 1
+
+
+async def test_recorded_pairs_over_the_wire(tmp_path: Path) -> None:
+    """The same against a whole node: sockets, frames, a raft group of one."""
+    async with cluster_of(1, tmp_path) as (cluster, client):
+        await cluster.leader()
+
+        async def ask(request: Command) -> Command:
+            return await client.invoke(cluster.address("n0"), request, 5.0)
+
+        await replay_default_broker(Replay(ask))
 
 
 async def test_recorded_pairs_of_a_strict_broker(tmp_path: Path) -> None:
     rig = ProcessorRig(tmp_path, auto_create_topic=False, auto_create_group=False)
     rig.broker.settings.server_side_reset = False
     rig.create_topic("TopicTest", queues=2)
-    replay = Replay(rig)
+    replay = Replay(asker_of(rig))
     for pair in pairs("strict_broker"):
         if pair["name"] == "pull, group not enabled":
             rig.ask(
@@ -191,7 +219,7 @@ async def test_recorded_pairs_of_a_strict_broker(tmp_path: Path) -> None:
         if pair["name"] == "pull with broker read-only":
             assert rig.send("TopicTest", b"m0").code == 0
         if in_scope(pair):
-            replay.run(pair)
+            await replay.run(pair)
     assert not replay.failures, "\n".join(replay.failures)
     assert replay.compared >= 8, replay.compared
 
