@@ -104,8 +104,9 @@ class SimNode:
         self.incarnation += 1
         self.durable = self.written = self.log.last_index
         hint = 0
-        if world.plan.use_commit_hint and self.log.last_index:
+        if world.plan.use_commit_hint and len(self.log):
             hint = self.log.entries(self.log.last_index, 1)[0].commit_hint
+        hint = max(hint, self.log.first_index - 1)
         world.properties.starts(self, hint)
         self.applied_index = hint
         rng = stream(world.plan.seed, f"raft/{self.name}/{self.incarnation}")
@@ -173,6 +174,11 @@ class SimNode:
         if entry.index <= (self.durable if durable else self.written):
             return self.log.head_crc_at(entry.index) == entry.head_crc
         return not durable and (entry.index, entry.head_crc) in self.power_lost
+
+    def trim(self, through_index: int) -> None:
+        """Retention: forget the head of the log."""
+        if self.log.first_index <= through_index < self.log.last_index:
+            self.log.trim(through_index)
 
     # Turns
 

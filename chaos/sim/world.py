@@ -87,6 +87,7 @@ class World:
                 "partitions",
                 "pauses",
                 "stalls",
+                "trims",
             ),
             0,
         )
@@ -202,8 +203,9 @@ class World:
 
     def _judge(self) -> None:
         """8: nothing acknowledged is missing, nothing refused is there. 3: the logs are equal, byte for byte."""
-        nodes = list(self.nodes.values())
-        frames = [b"".join(entry.frame for entry in node.log) for node in nodes]
+        nodes = sorted(self.nodes.values(), key=lambda node: node.log.first_index)
+        first = nodes[-1].log.first_index
+        frames = [b"".join(entry.frame for entry in node.log if entry.index >= first) for node in nodes]
         if any(other != frames[0] for other in frames[1:]):
             raise PropertyBroken("the logs differ after convergence")
         found: dict[int, int] = {}
@@ -214,7 +216,7 @@ class World:
                     raise PropertyBroken(f"proposal {proposal} is stored twice")
                 found[proposal] = entry.index
         for proposal, (index, _) in self.clients.acknowledged.items():
-            if found.get(proposal) != index:
+            if found.get(proposal) != index and index >= nodes[0].log.first_index:
                 raise PropertyBroken(f"acknowledged proposal {proposal} of entry {index} is lost")
         for proposal in self.clients.refused:
             if proposal in found:
@@ -362,6 +364,20 @@ class World:
             target = None if self._faults.random() < 0.3 else self._faults.choice(self.names)
             leader.post(Transfer, target)
 
+    def _trim(self) -> None:
+        """Retention on one node, up to what every disk has durable and every process knows to be committed.
+
+        Beyond that a lagging follower would need segments, which the core only asks for.
+        """
+        safe = self.properties.committed_index
+        for other in self.nodes.values():
+            known = self.properties.committed_index if other.raft is None else other.raft.commit_index
+            safe = min(safe, other.durable, known)
+        node = self._victim()
+        if safe > node.log.first_index:
+            self.counts["trims"] += 1
+            node.trim(self._faults.randint(node.log.first_index, safe))
+
     def _heal(self) -> None:
         self._is_healed = True
         self.note("all", "healed")
@@ -390,4 +406,5 @@ FAULTS: tuple[Callable[[World], None], ...] = (
     World._reset_links,
     World._transfer,
     World._transfer,
+    World._trim,
 )

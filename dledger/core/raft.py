@@ -179,7 +179,8 @@ class Raft:
         self.position_end = log.position_end
         self.written_index = self.last_index
         self.durable_index = self.last_index
-        self.commit_index = min(commit_index, self.last_index)
+        # Only what is committed is ever trimmed.
+        self.commit_index = min(max(commit_index, log.first_index - 1), self.last_index)
 
         # Follower.
         self.verified_index = 0

@@ -414,3 +414,11 @@ def test_no_op_is_the_only_entry_of_an_idle_term() -> None:
     group.elect("n0")
     group.run(10.0)
     assert [entry.type for entry in group["n2"].log] == [EntryType.NOOP]
+
+
+def test_22_what_was_trimmed_counts_as_committed_after_a_restart() -> None:
+    log = make_log(*(1,) * 10)
+    log.trim(6)
+    group = Group(logs={"n1": log})
+    group["n1"].boot(commit_index=3)
+    assert group.raft("n1").commit_index == 6

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import attrs
 import pytest
 from click.testing import CliRunner
 
@@ -14,6 +15,7 @@ import chaos.sim.run
 from chaos import commands
 from chaos.sim.plan import draw_plan
 from chaos.sim.run import SeedResult, run_seed
+from chaos.sim.world import World
 from dledger.core.raft import Raft
 from tests.unit.chaos.planted import PLANTED, SELDOM
 
@@ -159,3 +161,50 @@ def test_replay_prints_what_happened(runner: CliRunner) -> None:
     done = runner.invoke(commands.chaos_group, ["replay", "3", "--trace"])
     assert done.exit_code == 0
     assert "LEADER term=" in done.stdout and "every promise held" in done.stdout
+
+
+# Design 3: failover goals, as far as the core decides them
+
+
+def failover_seconds(seed: int, *, frozen: bool) -> float:
+    """From the loss of a healthy group's leader to the next acknowledged proposal; no other fault."""
+    plan = attrs.evolve(
+        draw_plan(seed),
+        nodes=3,
+        sync=False,
+        latency=0.0003,
+        drop=0.0,
+        duplicate=0.0,
+        late=0.0,
+        sync_latency=0.001,
+        drift=0.0,
+        threaded_writes=False,
+        fault_interval=1e9,
+        proposals_per_second=100.0,
+        burst_max=1,
+    )
+    world = World(plan)
+    for node in world.nodes.values():
+        world.at(0.01, node.start)
+    world.network.start()
+    world.at(0.5, world._arrive)
+    world.run_until(5.0 + (seed % 7) * 0.04)
+    leader = world._leader()
+    assert leader is not None
+    if frozen:
+        leader.paused_until = world.now + 30.0
+    else:
+        leader.kill(power=False)
+    lost_at, before = world.now, len(world.clients.acknowledged)
+    assert world.run_until(lost_at + 20.0, lambda: len(world.clients.acknowledged) > before)
+    return world.now - lost_at
+
+
+def test_a_killed_leader_is_replaced_within_the_goal() -> None:
+    seconds = sorted(failover_seconds(seed, frozen=False) for seed in range(30))
+    assert seconds[15] <= 0.2 and seconds[-1] <= 0.7, seconds
+
+
+def test_a_frozen_leader_is_replaced_within_the_goal() -> None:
+    seconds = sorted(failover_seconds(seed, frozen=True) for seed in range(30))
+    assert seconds[15] <= 1.8 and seconds[-1] <= 3.0, seconds
