@@ -200,6 +200,9 @@ class MemoryGroup:
     def is_hot(self, physical_offset: int) -> bool:
         return True
 
+    def kick(self) -> None:
+        """The test says when entries are committed."""
+
     def send_app(self, peer_id: str, payload: bytes) -> bool:
         return False
 

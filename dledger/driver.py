@@ -187,6 +187,8 @@ class Driver:
 
     def kick(self) -> None:
         """A turn at once when nothing is in flight, else soon: a lone proposal loses no time, many share an entry."""
+        if self.batch.is_empty:
+            return
         if self.store.last_index > self._commit_index:
             self.wake()
         else:

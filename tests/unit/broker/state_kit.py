@@ -219,9 +219,10 @@ def copy_entries(source: MemoryGroup, target: MemoryGroup) -> None:
 def young_dedup_keys(state: BrokerState) -> dict[int, int]:
     """Keys that can still make a duplicate: a send that was cut may have displaced one that is too old anyway."""
     keys: dict[int, int] = {}
+    now = max(state.env.clock.wall_ms(), state.last_store_ms)  # a follower has not seen what was cut at the leader
     for key, position in {**state.dedup.previous, **state.dedup.current}.items():
         data = state.read_message(position)
-        if data is None or state.last_store_ms - decode_record(data).store_timestamp <= state.dedup.window_ms:
+        if data is None or now - decode_record(data).store_timestamp <= state.dedup.window_ms:
             keys[key] = position
     return keys
 
