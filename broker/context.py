@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from broker.clients import ClientTable, ConsumerGroup
@@ -52,6 +53,8 @@ class BrokerContext:
         self.address = f"{config.advertised[0]}:{config.advertised[1]}"
         self.master_address = ""
         """Where the leader is registered, as far as the name servers told this follower."""
+        self.when_registered: Callable[[Callable[[], None]], None] = lambda callback: callback()
+        """Calls back when the name servers know the topics of now; the node puts its registration here."""
         self._dirty: dict[Any, None] = {}
         self._creating: dict[str, None] = {}
 

@@ -6,11 +6,13 @@ await nursery.start(node.run)        # returns after node.stop(drain_s)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Final
 
 import trio
 
+from broker.answers import Done
 from broker.clients import SCAN_INTERVAL_S
 from broker.config import BrokerConfig
 from broker.context import BrokerContext
@@ -27,6 +29,7 @@ from broker.state import BrokerState
 from broker.tables import InvariantBroken
 from dledger.errors import LedgerError
 from dledger.group import RaftGroup, Role
+from remoting.bodies import TopicConfig
 from remoting.server import serve
 from runtime.files import Locked
 from runtime.logs import Logger, get_logger
@@ -35,6 +38,29 @@ from runtime.model import Env, Listener
 TRANSFER_WAIT_S: Final = 1.0
 """How long a stop waits for its leadership to be taken over before it goes on."""
 TRANSFER_LOOK_S: Final = 0.01
+
+
+class NodeState(BrokerState):
+    """The tables of a node that has name servers beside it.
+
+    What created a topic (a first send, a send-back) goes on when the name servers know the topic, so a client that was
+    answered finds its route, as with RocketMQ.
+    """
+
+    when_registered: Callable[[Callable[[], None]], None]
+
+    def ensure_topic(self, config: TopicConfig, done: Done) -> None:
+        if self.topics.get(config.topic_name) is not None:
+            super().ensure_topic(config, done)
+            return
+
+        def known(ok: bool, reason: str | None) -> None:
+            if ok:
+                self.when_registered(lambda: done(True, None))
+            else:
+                done(ok, reason)
+
+        super().ensure_topic(config, known)
 
 
 class BrokerNode:
@@ -55,7 +81,7 @@ class BrokerNode:
         self.env = env
         self.config = config
         self.log = log or get_logger("broker", node=config.node_id, group=config.broker_name)
-        self.state = BrokerState(env, config, self.log)
+        self.state = NodeState(env, config, self.log)
         self.group = RaftGroup(env, config.group, self.state, self.log, listener=peer_listener)
         self.state.attach(self.group)
         self.broker = BrokerContext(env, config, self.state, self.group, self.log)
@@ -69,6 +95,7 @@ class BrokerNode:
             handlers=handlers_of(self.broker, self.send.handle_send_back),
         )
         self.registration = Registration(self.broker)
+        self.broker.when_registered = self.state.when_registered = self.registration.when_registered
         self.address: tuple[str, int] | None = None
         """Where it listens, once it runs."""
         self._listener = listener

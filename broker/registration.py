@@ -7,9 +7,11 @@ lost. The term travels as DataVersion.stateVersion and as `raftTerm`, the group'
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
+from attrs import define
 
 from remoting.bodies import (
     DataVersion,
@@ -32,6 +34,18 @@ RETRY_FIRST_S: Final = 0.1
 RETRY_LAST_S: Final = 2.0
 SETTLE_S: Final = 0.002
 """Changes that come together are registered together."""
+KNOWN_WAIT_S: Final = 1.0
+"""How long the answer to the creation of a topic waits for the name servers."""
+KNOWN_WAITS_MAX: Final = 10_000
+
+
+@define(eq=False)
+class _Waiting:
+    """Somebody who goes on when the name servers know what is committed now."""
+
+    addresses: dict[str, None]
+    callback: Callable[[], None]
+    deadline: float
 
 
 class Registration:
@@ -44,6 +58,8 @@ class Registration:
         )
         self._wanted: dict[str, trio.Event] = {address: trio.Event() for address in broker.config.namesrv}
         self._stopping = False
+        self._waiting: list[_Waiting] = []
+        self._has_waiting = trio.Event()
         self.registered_as: dict[str, int] = {}
         """Per name server: the broker id it last accepted."""
 
@@ -51,6 +67,45 @@ class Registration:
         """Role, term, readiness or topics have changed."""
         for event in self._wanted.values():
             event.set()
+
+    def when_registered(self, callback: Callable[[], None]) -> None:
+        """Call back when every name server that answers has taken a registration made from now on, after 1 s at most.
+
+        So a client that heard of a new topic from us finds its route, as with RocketMQ. At once where there is no name
+        server to wait for.
+        """
+        if not self.registered_as or len(self._waiting) >= KNOWN_WAITS_MAX:
+            callback()
+            return
+        deadline = self._broker.env.clock.monotonic() + KNOWN_WAIT_S
+        self._waiting.append(_Waiting(dict.fromkeys(self.registered_as), callback, deadline))
+        self._has_waiting.set()
+        self.wake()
+
+    def _settled(self, address: str, waiting: list[_Waiting]) -> None:
+        """A registration that began after these started to wait is through, or has failed."""
+        for one in waiting:
+            one.addresses.pop(address, None)
+            if not one.addresses and one in self._waiting:
+                self._waiting.remove(one)
+                one.callback()
+        if waiting:
+            self._broker.group.wake()  # what was called back may have left something to flush
+
+    async def _end_long_waits(self) -> None:
+        clock = self._broker.env.clock
+        while True:
+            if not self._waiting:
+                self._has_waiting = trio.Event()
+                await self._has_waiting.wait()
+            await clock.sleep_until(self._waiting[0].deadline if self._waiting else 0.0)
+            now = clock.monotonic()
+            late = [one for one in self._waiting if one.deadline <= now]
+            self._waiting = [one for one in self._waiting if one.deadline > now]
+            for one in late:
+                one.callback()
+            if late:
+                self._broker.group.wake()
 
     def _connection_lost(self, address: str, _connection: Any) -> None:
         # A name server drops a broker whose connection ends, so come back at once.
@@ -62,6 +117,7 @@ class Registration:
         """Runs until cancelled. Cancel-safe."""
         async with trio.open_nursery() as nursery:
             await nursery.start(self._client.run)
+            nursery.start_soon(self._end_long_waits)
             for address in self._wanted:
                 nursery.start_soon(self._keep_registered, address)
 
@@ -70,7 +126,9 @@ class Registration:
         retry_s = RETRY_FIRST_S
         while True:
             self._wanted[address] = wanted = trio.Event()
+            waiting = [one for one in self._waiting if address in one.addresses]
             registered = not self._stopping and await self._register(address)
+            self._settled(address, waiting)
             if registered:
                 retry_s = RETRY_FIRST_S
                 wait_s = self._broker.config.register_interval_s

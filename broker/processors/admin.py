@@ -88,11 +88,21 @@ class AdminProcessor:
 
         return done
 
-    def _propose_all(self, request: Command, conn: Any, ops: list[tuple[Any, ...]]) -> bytes | None:
-        """Log several changes as one entry: all or none."""
+    def _propose_all(
+        self, request: Command, conn: Any, ops: list[tuple[Any, ...]], *, routed: bool = False
+    ) -> bytes | None:
+        """Log several changes as one entry: all or none. `routed`: answered when the name servers know of them."""
         if not ops:
             return encode_response(request, ResponseCode.SUCCESS)
-        self._state.propose_ops(ops, self._answer_when_logged(request, conn))
+        answer = self._answer_when_logged(request, conn)
+
+        def done(ok: bool, reason: str | None) -> None:
+            if ok and routed:
+                self._broker.when_registered(lambda: answer(True, None))
+            else:
+                answer(ok, reason)
+
+        self._state.propose_ops(ops, done)
         return None
 
     @staticmethod
@@ -162,7 +172,7 @@ class AdminProcessor:
                 return self._refuse(request, ResponseCode.INVALID_PARAMETER, remark)
             if config != self._state.topics.get_pending(config.topic_name):
                 ops.append(("topic_put", config))
-        return self._propose_all(request, conn, ops)
+        return self._propose_all(request, conn, ops, routed=True)
 
     def delete_topic(self, request: Command, conn: Any) -> bytes | None:
         """DELETE_TOPIC_IN_BROKER; deleting an unknown topic succeeds."""
