@@ -371,8 +371,9 @@ class World:
         """
         safe = self.properties.committed_index
         for other in self.nodes.values():
-            known = self.properties.committed_index if other.raft is None else other.raft.commit_index
-            safe = min(safe, other.durable, known)
+            if other.raft is None:
+                return  # what it has durable may differ from what was committed
+            safe = min(safe, other.durable, other.raft.commit_index)
         node = self._victim()
         if safe > node.log.first_index:
             self.counts["trims"] += 1

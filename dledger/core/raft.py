@@ -890,13 +890,14 @@ class Raft:
 
     def _step_back(self, progress: Progress, message: AppendReply) -> None:
         """A rejection: jump to the last entry that can agree, by the follower's hint and our own terms."""
-        agreed, _ = self._last_not_above(message.hint_index, message.hint_term)
+        agreed, agreed_term = self._last_not_above(message.hint_index, message.hint_term)
         # Within one connection a follower loses nothing it reported; behind a new one it may have, by a power loss.
         progress.written = min(progress.written, message.hint_index)
         progress.durable = min(progress.durable, message.hint_index)
         progress.next_index = agreed + 1
         first = self.log.first_index
-        if message.hint_index < first - 1 or progress.next_index < first:
+        # A term above the hinted one: the search ended at our first entry without finding agreement.
+        if progress.next_index < first or agreed_term > message.hint_term:
             progress.change(PeerCause.BELOW_FIRST)
             progress.next_index = first
         else:

@@ -297,6 +297,20 @@ def test_21_a_follower_before_the_first_entry_waits_for_segments_quietly() -> No
     assert group.leaders() == ["n0"]
 
 
+def test_21_a_follower_that_differs_before_the_first_entry_needs_segments_too() -> None:
+    """Found by our simulator: the search for agreement ended at the first retained entry, for ever at full speed."""
+    log = make_log(1, 1, 3, 3, 3)
+    log.trim(4)
+    group = Group(logs={"n0": log, "n1": make_log(1, 1, 3, 3, 3), "n2": make_log(1, 1, 2, 2)})
+    group.isolate("n2")
+    group.elect("n0")
+    group.heal()
+    group.now += 0.2
+    group.heartbeat("n0")
+    assert group.raft("n0").progress["n2"].state is PeerState.SEGMENTS
+    assert group["n2"].did(fx.Cut) == []
+
+
 def test_22_a_purged_predecessor_is_no_conflict() -> None:
     """openraft#511."""
     theirs = make_log(*(1,) * 12)
