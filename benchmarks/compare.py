@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -34,6 +35,7 @@ SYSTEMS = (OURS, DLEDGER, PLAIN)
 GENERATOR_LIMIT = 0.5
 """Cores; a generator above that marks its row, since it takes CPU the brokers could use."""
 _QUEUES = 8
+_QUIET_LOAD = 0.7
 
 
 @frozen
@@ -63,6 +65,7 @@ ROWS = (
     Row("pull", "pull, 32 per request, messages", "/s", True, 1.0),
     Row("startup", "up to first acknowledged send", "s", False, 4.0, absolute=True, digits=2),
     Row("memory", "memory per broker, idle, unique set", "MB", False, 80.0, absolute=True),
+    Row("memory_loaded", "memory per broker right after load, unique set", "MB", False, 1.0),
     Row("idle", "idle CPU, all brokers together", "% of a core", False, 6.0, absolute=True, digits=1),
     Row(
         "failover",
@@ -75,6 +78,16 @@ ROWS = (
         systems=(OURS, DLEDGER),
     ),
     Row(
+        "failover_client",
+        "the same, seen by our own client",
+        "s",
+        False,
+        1.5,
+        absolute=True,
+        digits=2,
+        systems=(OURS,),
+    ),
+    Row(
         "losses",
         "acknowledged, not consumable after 3 leader kills",
         "messages",
@@ -84,9 +97,9 @@ ROWS = (
         systems=(OURS, DLEDGER),
     ),
 )
-_LOAD_ROWS = frozenset({"sends", "cpu", "batch", "latency", "latency99", "pull"})
+_LOAD_ROWS = frozenset({"sends", "cpu", "batch", "latency", "latency99", "pull", "memory_loaded"})
 _IDLE_ROWS = frozenset({"memory", "idle"})
-_KILL_ROWS = frozenset({"failover", "losses"})
+_KILL_ROWS = frozenset({"failover", "failover_client", "losses"})
 
 
 @define
@@ -136,9 +149,12 @@ class Comparison:
     data: Path | None
     ours_options: Sequence[str]
     results: Results = field(factory=Results)
+    load_before: float = field(factory=lambda: os.getloadavg()[0])
 
     def run(self) -> Results:
         """Everything, in turn."""
+        if self.load_before > _QUIET_LOAD:
+            self.results.note(f"the machine was not quiet: load average {self.load_before:.1f} before the run")
         kept: dict[str, ApacheCluster] = {}
         try:
             self._cold_stage(kept)
@@ -232,7 +248,7 @@ class Comparison:
     def _load(self, system: str, cluster: Cluster, topic: str) -> None:
         address = cluster.make_topic(topic, _QUEUES)
         wanted = self.rows
-        if wanted & {"sends", "cpu", "pull"}:
+        if wanted & {"sends", "cpu", "pull", "memory_loaded"}:
             found = self._generate("sends", cluster, address, topic, seconds=self.seconds)
             if found is not None and wanted & {"sends", "cpu"}:
                 self._record("sends", system, found["per_second"], found)
@@ -250,6 +266,9 @@ class Comparison:
             found = self._generate("batches", cluster, address, topic, seconds=self.seconds)
             if found is not None:
                 self._record("batch", system, found["per_second"], found)
+        if "memory_loaded" in wanted:
+            memory = statistics.fmean(processes.unique_megabytes(pid) for pid in cluster.broker_pids)
+            self.results.add("memory_loaded", system, memory)
 
     def _record(self, row: str, system: str, value: float, found: Mapping[str, Any]) -> None:
         self.results.add(row, system, value, found["generator_cpu"])
@@ -289,6 +308,8 @@ class Comparison:
     def _kill(self, system: str, cluster: Cluster) -> None:
         if "failover" in self.rows:
             self._attempt(cluster, "failover", lambda: self._measure_failover(system, cluster))
+        if "failover_client" in self.rows and system == OURS:
+            self._attempt(cluster, "failover_client", lambda: self._measure_own_client(system, cluster))
         if "losses" in self.rows:
             self._attempt(cluster, "losses", lambda: self._measure_losses(system, cluster))
 
@@ -313,6 +334,34 @@ class Comparison:
             say(f"{cluster.title}: next acknowledged send {seconds:.2f} s after kill -9")
             cluster.restart(victim.name)
             cluster.await_whole()
+
+    def _measure_own_client(self, system: str, cluster: Cluster) -> None:
+        topic = "failover"
+        cluster.make_topic(topic, _QUEUES)
+        for _ in range(self.rounds):
+            cluster.await_whole()
+            client = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.own_client", cluster.namesrv, topic],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                preexec_fn=processes.die_with_parent,
+            )
+            assert client.stdout is not None
+            client.stdout.readline()
+            time.sleep(0.5)
+            victim = cluster.kill_leader()
+            killed_at = time.monotonic()
+            time.sleep(5.0)
+            answer, _ = client.communicate(timeout=30)
+            after = [moment for moment in json.loads(answer) if moment > killed_at]
+            # An answer already on its way may still arrive right after the kill: count the longest wait.
+            pauses = [later - earlier for earlier, later in itertools.pairwise([killed_at, *after])]
+            if not pauses:
+                raise TimeoutError("no send acknowledged within 5 s")
+            self.results.add("failover_client", system, max(pauses))
+            say(f"{cluster.title}: own client went on {max(pauses):.2f} s after kill -9")
+            cluster.restart(victim.name)
 
     def _measure_losses(self, system: str, cluster: Cluster) -> None:
         found = losses.measure(cluster, messages=self.kill_messages)
@@ -352,7 +401,7 @@ def document(comparison: Comparison) -> dict[str, Any]:
         "commit": _commit(),
         "machine": {
             "cores": os.cpu_count(),
-            "load_average_at_end": os.getloadavg(),
+            "load_average_before": comparison.load_before,
             "kernel": platform.release(),
             "python": platform.python_version(),
         },

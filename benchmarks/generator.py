@@ -18,6 +18,7 @@ answers gather; with 1,024 messages in flight that delays nobody, and it halves 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import select
@@ -38,6 +39,7 @@ BATCH_MESSAGES = 32
 BATCH_FRAMES = 32
 PULL_MESSAGES = 32
 REST_S = 0.0002
+_SILENCE_LIMIT_S = 15.0
 _RECEIVE_BYTES = 1 << 20
 _FIRST_OPAQUE = 1_000_000
 _LAP_DIGITS = 8
@@ -290,59 +292,56 @@ def run_sends(
     :param rest: seconds of sleep after each round over the sockets
     :raises wire.WireError: a connection ended
     """
-    senders = {}
-    for number in range(connections):
-        connection = _connect(address)
-        connection.setblocking(False)
-        ring = Ring(
-            topic=topic,
-            broker_name=broker_name,
-            queues=queues,
-            size=size,
-            connection=number,
-            frames=window * 2,
-            batch=batch,
-        )
-        senders[connection.fileno()] = _Sender(connection, ring, window)
-    poll = select.epoll()
-    for descriptor, sender in senders.items():
-        poll.register(descriptor, select.EPOLLIN if sender.fill() else select.EPOLLIN | select.EPOLLOUT)
-    meter = _Meter(pids or [])
-    answered = 0
-    measuring = False
-    turn_at = time.perf_counter() + warm
-    last_answer = time.perf_counter()
-    while True:
-        now = time.perf_counter()
-        if now >= turn_at:
-            if measuring:
-                break
-            measuring = True
-            answered = 0
-            for sender in senders.values():
-                sender.answers.errors.clear()
-            meter.begin()
-            turn_at = now + seconds
-        for descriptor, _ in poll.poll(0.05):
-            sender = senders[descriptor]
-            count = sender.collect()
-            if count:
-                answered += count
-                last_answer = now
-            everything_sent = sender.fill()
-            poll.modify(descriptor, select.EPOLLIN if everything_sent else select.EPOLLIN | select.EPOLLOUT)
-        if now - last_answer > 15:
-            raise wire.WireError(f"{address} answers nothing for 15 s")
-        if rest:
-            time.sleep(rest)
-    errors: Counter[str] = Counter()
-    for sender in senders.values():
-        errors += sender.answers.errors
-    result = meter.read((answered - errors.total()) * batch, errors)
-    poll.close()
-    for sender in senders.values():
-        sender.connection.close()
-    return result
+    with contextlib.ExitStack() as opened:
+        senders = {}
+        for number in range(connections):
+            connection = opened.enter_context(_connect(address))
+            connection.setblocking(False)
+            ring = Ring(
+                topic=topic,
+                broker_name=broker_name,
+                queues=queues,
+                size=size,
+                connection=number,
+                frames=window * 2,
+                batch=batch,
+            )
+            senders[connection.fileno()] = _Sender(connection, ring, window)
+        poll = opened.enter_context(select.epoll())
+        for descriptor, sender in senders.items():
+            poll.register(descriptor, select.EPOLLIN if sender.fill() else select.EPOLLIN | select.EPOLLOUT)
+        meter = _Meter(pids or [])
+        answered = 0
+        measuring = False
+        turn_at = time.perf_counter() + warm
+        last_answer = time.perf_counter()
+        while True:
+            now = time.perf_counter()
+            if now >= turn_at:
+                if measuring:
+                    break
+                measuring = True
+                answered = 0
+                for sender in senders.values():
+                    sender.answers.errors.clear()
+                meter.begin()
+                turn_at = now + seconds
+            for descriptor, _ in poll.poll(0.05):
+                sender = senders[descriptor]
+                count = sender.collect()
+                if count:
+                    answered += count
+                    last_answer = now
+                everything_sent = sender.fill()
+                poll.modify(descriptor, select.EPOLLIN if everything_sent else select.EPOLLIN | select.EPOLLOUT)
+            if now - last_answer > _SILENCE_LIMIT_S:
+                raise wire.WireError(f"{address} answers nothing for {_SILENCE_LIMIT_S:.0f} s")
+            if rest:
+                time.sleep(rest)
+        errors: Counter[str] = Counter()
+        for sender in senders.values():
+            errors += sender.answers.errors
+        return meter.read((answered - errors.total()) * batch, errors)
 
 
 def run_latency(
@@ -359,28 +358,28 @@ def run_latency(
 
     :raises wire.WireError: the connection ended
     """
-    connection = _connect(address)
     ring = Ring(topic=topic, broker_name=broker_name, queues=queues, size=size, connection=99, frames=64, batch=1)
     answers = _Answers()
     times: list[float] = []
-    begin = time.perf_counter()
-    own = time.process_time()
     measuring = False
-    while True:
-        sent = time.perf_counter()
-        if not measuring and sent - begin > warm:
-            measuring, begin, own = True, sent, time.process_time()
-            answers.errors.clear()
-            times = []
-        elif measuring and sent - begin > seconds:
-            break
-        first, last = ring.take(1)
-        connection.sendall(ring.view[first:last])
-        while not answers.receive(connection):
-            pass
-        times.append(time.perf_counter() - sent)
-    wall = time.perf_counter() - begin
-    connection.close()
+    with _connect(address) as connection:
+        connection.settimeout(_SILENCE_LIMIT_S)
+        begin = time.perf_counter()
+        own = time.process_time()
+        while True:
+            sent = time.perf_counter()
+            if not measuring and sent - begin > warm:
+                measuring, begin, own = True, sent, time.process_time()
+                answers.errors.clear()
+                times = []
+            elif measuring and sent - begin > seconds:
+                break
+            first, last = ring.take(1)
+            connection.sendall(ring.view[first:last])
+            while not answers.receive(connection):
+                pass
+            times.append(time.perf_counter() - sent)
+        wall = time.perf_counter() - begin
     times.sort()
     return LatencyResult(
         messages=len(times),
@@ -404,8 +403,8 @@ class _PulledQueue:
 class _Puller:
     """One connection that always has one pull in flight for each of its queues."""
 
-    def __init__(self, address: str, topic: str, queues: list[_PulledQueue]) -> None:
-        self.connection = _connect(address)
+    def __init__(self, connection: socket.socket, topic: str, queues: list[_PulledQueue]) -> None:
+        self.connection = connection
         self.queues = queues
         self.errors: Counter[str] = Counter()
         self._topic = topic
@@ -481,43 +480,41 @@ def run_pull(
                 found.append(_PulledQueue(queue_id, first, end, first))
     if not found:
         raise wire.WireError(f"topic {topic} is empty")
-    poll = select.epoll()
-    pullers = {}
-    for number in range(min(connections, len(found))):
-        puller = _Puller(address, topic, found[number::connections])
-        pullers[puller.connection.fileno()] = puller
-        poll.register(puller.connection, select.EPOLLIN)
-        for queue_number in range(len(puller.queues)):
-            puller.ask(queue_number)
-    meter = _Meter(pids or [])
-    messages = 0
-    measuring = False
-    turn_at = time.perf_counter() + warm
-    last_answer = time.perf_counter()
-    while True:
-        now = time.perf_counter()
-        if now >= turn_at:
-            if measuring:
-                break
-            measuring = True
-            messages = 0
-            meter.begin()
-            turn_at = now + seconds
-        for descriptor, _ in poll.poll(0.05):
-            count = pullers[descriptor].collect()
-            if count:
-                messages += count
-                last_answer = now
-        if now - last_answer > 15:
-            raise wire.WireError(f"{address} answers nothing for 15 s")
-    errors: Counter[str] = Counter()
-    for puller in pullers.values():
-        errors += puller.errors
-    result = meter.read(messages, errors)
-    poll.close()
-    for puller in pullers.values():
-        puller.connection.close()
-    return result
+    with contextlib.ExitStack() as opened:
+        poll = opened.enter_context(select.epoll())
+        pullers = {}
+        for number in range(min(connections, len(found))):
+            connection = opened.enter_context(_connect(address))
+            puller = _Puller(connection, topic, found[number::connections])
+            pullers[connection.fileno()] = puller
+            poll.register(connection, select.EPOLLIN)
+            for queue_number in range(len(puller.queues)):
+                puller.ask(queue_number)
+        meter = _Meter(pids or [])
+        messages = 0
+        measuring = False
+        turn_at = time.perf_counter() + warm
+        last_answer = time.perf_counter()
+        while True:
+            now = time.perf_counter()
+            if now >= turn_at:
+                if measuring:
+                    break
+                measuring = True
+                messages = 0
+                meter.begin()
+                turn_at = now + seconds
+            for descriptor, _ in poll.poll(0.05):
+                count = pullers[descriptor].collect()
+                if count:
+                    messages += count
+                    last_answer = now
+            if now - last_answer > _SILENCE_LIMIT_S:
+                raise wire.WireError(f"{address} answers nothing for {_SILENCE_LIMIT_S:.0f} s")
+        errors: Counter[str] = Counter()
+        for puller in pullers.values():
+            errors += puller.errors
+        return meter.read(messages, errors)
 
 
 def _answer_at_once(connection: socket.socket) -> None:
@@ -631,7 +628,7 @@ def main() -> None:
                     rest=given.rest_us / 1e6,
                     pids=pids,
                 )
-    except (wire.WireError, wire.Refused) as error:
+    except (wire.WireError, wire.Refused, OSError) as error:
         print(str(error), file=sys.stderr)
         sys.exit(1)
     print(json.dumps(asdict(result)))
