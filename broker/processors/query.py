@@ -82,11 +82,17 @@ class QueryProcessor:
         if ext.get("_UNIQUE_KEY_QUERY", "").lower() == "true":
             wanted = UNIQUE_KEYS_PER_QUERY
         wanted = max(1, min(wanted, KEYS_PER_QUERY_MAX))
+        if self._state.index.is_long:
+            return self._in_job(self._query_long, request, conn, (topic, key, wanted, begin_ms, end_ms))
         positions = sorted(self._state.index.lookup(topic, key, wanted, begin_ms, end_ms), reverse=True)
         if any(not self._group.is_hot(position) for position in positions):
             return self._in_job(self._query_cold, request, conn, positions)
         records = (self._state.read_message(position) for position in positions)
         return self._query_answer(request, _as_many_as_fit(records))
+
+    async def _query_long(self, request: Command, conn: Any, what: tuple[str, str, int, int, int]) -> None:
+        positions = await self._state.index.lookup_in_steps(*what)
+        await self._query_cold(request, conn, sorted(positions, reverse=True))
 
     async def _query_cold(self, request: Command, conn: Any, positions: list[int]) -> None:
         records = [await self._state.read_message_cold(position) for position in positions]

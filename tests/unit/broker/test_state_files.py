@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from broker.consume_queue import QueueFilesShort, QueueState, QueueTable
 from broker.dedup import DedupWindow
-from broker.key_index import KeyIndex, index_key
+from broker.key_index import KeyIndex, index_key, rows_of
 from broker.processors.send import SendProcessor
 from broker.records import (
     UNIT,
@@ -257,6 +257,16 @@ async def test_lookup_newest_first_by_time(tmp_path: Path, sealed: str) -> None:
         middle = [position for position, second in reversed(rows) if 100 <= second <= 200]
         assert index.lookup("T", key, 64, 100_000, 200_000) == middle[:64]
     assert index.lookup("U", "k1", 64, 0, 1 << 50) == []
+    assert index.is_long is (sealed == "files")
+    for key in model:
+        assert await index.lookup_in_steps("T", key, 64, 0, 200_000) == index.lookup("T", key, 64, 0, 200_000)
+
+
+def test_a_hash_lying_across_two_rows_is_no_row() -> None:
+    column = struct.pack("<5I", 7, 0x01010100, 0x00000001, 0x01010101, 7)
+    assert list(rows_of(column, 0x01010101)) == [3]
+    assert list(rows_of(column, 7)) == [4, 0]
+    assert list(rows_of(struct.pack("<3I", 0, 0, 0), 0)) == [2, 1, 0]
 
 
 async def test_index_restart_keeps_what_the_checkpoint_covers(tmp_path: Path) -> None:
