@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -513,6 +514,8 @@ def main() -> None:
         data=given.data,
         ours_options=given.up_option,
     )
+    # So that a SIGTERM, too, ends the clusters and removes their data.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(143))
     try:
         comparison.run()
     except ToolMissing as error:

@@ -14,7 +14,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,19 @@ class Target:
     namesrv: str
     groups: int
     """Broker names with a leader."""
+    data: Path | None = None
+    """Our cluster's data folder, ``None`` for an outside cluster."""
+
+    @property
+    def pids_known(self) -> bool:
+        """True where the cluster's processes are ours to kill."""
+        return self.data is not None
+
+    def brokers(self) -> dict[int, str]:
+        """Addresses of the running brokers by process id."""
+        command = [sys.executable, "-m", "cli", "ps", "--json", "--data", str(self.data)]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=60)
+        return {node["pid"]: node["listen"] for node in json.loads(done.stdout) if node["kind"] == "broker"}
 
 
 @frozen
@@ -177,7 +191,7 @@ def _our_cluster(data: Path, groups: int) -> Iterator[Target]:
     try:
         _leaders(document["namesrv"], groups)
         print(f"quorate up with {groups} groups took {time.monotonic() - begin:.1f} s")
-        yield Target(document["namesrv"], groups)
+        yield Target(document["namesrv"], groups, data)
     finally:
         subprocess.run([*quorate, "down", "--data", str(data)], cwd=REPOSITORY, check=False, timeout=60)
 
@@ -263,6 +277,31 @@ def programs(target: Target, suffix: str, tmp_path_factory: pytest.TempPathFacto
 def programs_two_groups(two_groups: Target, suffix: str, tmp_path_factory: pytest.TempPathFactory) -> Programs:
     """The clients' programs against two groups."""
     return Programs(two_groups, suffix, tmp_path_factory.mktemp("client-home-two"))
+
+
+@pytest.fixture(scope="session")
+def new_topics() -> Callable[[Target, Sequence[str]], None]:
+    """Makes topics before a program needs them."""
+    return make_topics
+
+
+@pytest.fixture
+def start_java(tmp_path: Path) -> Callable[..., AbstractContextManager[subprocess.Popen[str]]]:
+    """Starts one of our Java programs with the 5.3.3 client and default settings; ends it with the context."""
+
+    @contextmanager
+    def start(main: str, *words: str) -> Iterator[subprocess.Popen[str]]:
+        command = [*java_command("5.3.3", main, tmp_path), *words]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert process.stdout is not None
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+    return start
 
 
 # mqadmin.
