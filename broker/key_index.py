@@ -81,7 +81,7 @@ def encode_segment(rows: _Rows) -> bytes:
     """The file of a segment. Pure computation."""
     columns = b"".join((rows.hashes.tobytes(), rows.positions.tobytes(), rows.seconds.tobytes()))
     positions, seconds = rows.positions, rows.seconds
-    bounds = min(seconds), max(seconds), min(positions), max(positions)
+    bounds = seconds[0], seconds[-1], positions[0], positions[-1]  # neither ever falls along the log
     head = _HEADER.pack(_MAGIC, _VERSION, len(rows.hashes), zlib.crc32(columns), *bounds)
     return head + columns
 
