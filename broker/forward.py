@@ -29,6 +29,8 @@ HOLD_S: Final = 2.0
 BUDGET_S: Final = 2.5
 PENDING_MAX: Final = 10_000
 """Forwarded requests awaiting their answer; one more is answered SYSTEM_BUSY."""
+PENDING_BYTES_MAX: Final = 64 * 1024 * 1024
+"""Their bytes together, which are kept: a send may have to go out once more."""
 RETRY_INTERVAL_S: Final = 0.02
 
 _WIRE_VERSION: Final = 1
@@ -56,9 +58,24 @@ _NEVER_LOGGED: Final = b'{"code":14,'
 class _Request:
     """One request of a client that this node cannot serve itself."""
 
-    __slots__ = ("arrived", "code", "conn", "frame", "nbytes", "oneway", "opaque", "refusal", "sent_term", "sent_to")
+    __slots__ = (
+        "arrived",
+        "code",
+        "conn",
+        "frame",
+        "maybe_done",
+        "nbytes",
+        "oneway",
+        "opaque",
+        "order",
+        "refusal",
+        "sent_term",
+        "sent_to",
+    )
 
-    def __init__(self, conn: Any, frame: Frame, code: int, opaque: int, oneway: bool, arrived: float) -> None:
+    def __init__(
+        self, conn: Any, frame: Frame, code: int, opaque: int, oneway: bool, arrived: float, order: int
+    ) -> None:
         self.conn = conn
         self.frame = frame
         self.code = code
@@ -68,6 +85,10 @@ class _Request:
         self.nbytes = len(frame[1]) + len(frame[2])
         self.sent_to: str | None = None
         self.sent_term = 0
+        self.order = order
+        """Place in the order of arrival: what comes back from a leader goes in line where it was."""
+        self.maybe_done = False
+        """A former leader may have executed it: never to be answered with "not stored"."""
         self.refusal: bytes | None = None
 
 
@@ -135,7 +156,9 @@ class Forwarder:
         self._held: deque[_Request] = deque()
         self._held_bytes = 0
         self._pending: dict[int, _Request] = {}
+        self._pending_bytes = 0
         self._next_id = 1
+        self._arrivals = 0
         self._work = trio.Event()
         self.forwarded_total = 0
         self.served_total = 0
@@ -152,9 +175,13 @@ class Forwarder:
 
     def submit(self, conn: Any, frame: Frame, code: int, opaque: int, flag: int) -> None:
         """Take over a request that only a ready leader can serve."""
-        request = _Request(conn, frame, code, opaque, flag & FLAG_ONEWAY != 0, self._clock.monotonic())
+        request = self._request(conn, frame, code, opaque, flag & FLAG_ONEWAY != 0)
         if self._held or not self._send(request):
             self._hold(request)
+
+    def _request(self, conn: Any, frame: Frame, code: int, opaque: int, oneway: bool) -> _Request:
+        self._arrivals += 1
+        return _Request(conn, frame, code, opaque, oneway, self._clock.monotonic(), self._arrivals)
 
     def _send(self, request: _Request) -> bool:
         """To the leader, if there is one and it can be reached now."""
@@ -162,7 +189,9 @@ class Forwarder:
         leader = group.leader_id
         if leader is None or leader == group.node_id:
             return False
-        if not request.oneway and len(self._pending) >= PENDING_MAX:
+        if not request.oneway and (
+            len(self._pending) >= PENDING_MAX or self._pending_bytes + request.nbytes > PENDING_BYTES_MAX
+        ):
             self._answer(request, ResponseCode.SYSTEM_BUSY, "[OVERLOAD]too many requests are being forwarded")
             return True
         request_id = self._next_id
@@ -185,8 +214,15 @@ class Forwarder:
             request.sent_to = leader
             request.sent_term = group.term
             self._pending[request_id] = request
+            self._pending_bytes += request.nbytes
             self._work.set()
         return True
+
+    def _take_pending(self, request_id: int) -> _Request | None:
+        request = self._pending.pop(request_id, None)
+        if request is not None:
+            self._pending_bytes -= request.nbytes
+        return request
 
     def _hold(self, request: _Request) -> None:
         if len(self._held) >= HELD_REQUESTS_MAX or self._held_bytes + request.nbytes > HELD_BYTES_MAX:
@@ -208,10 +244,11 @@ class Forwarder:
                 if request.sent_to != target or request.sent_term != group.term
             ]:
                 # The one it was sent to leads no more: its answer, if there ever is one, may be lost.
-                request = self._pending.pop(request_id)
+                request = self._take_pending(request_id)
+                assert request is not None
                 if self._is_covered_by_dedup(request):
-                    self._held.append(request)
-                    self._held_bytes += request.nbytes
+                    request.maybe_done = True
+                    self._hold_again(request)
                 else:
                     self._answer(request, ResponseCode.SYSTEM_ERROR, "outcome unknown: the leader changed meanwhile")
         self.pump()
@@ -248,21 +285,24 @@ class Forwarder:
             else:
                 break
         for request_id in [i for i, request in self._pending.items() if request.arrived + BUDGET_S <= now]:
+            late = self._take_pending(request_id)
+            assert late is not None
             self._answer(
-                self._pending.pop(request_id),
-                ResponseCode.SYSTEM_ERROR,
-                f"outcome unknown: the leader did not answer within {BUDGET_S} s",
+                late, ResponseCode.SYSTEM_ERROR, f"outcome unknown: the leader did not answer within {BUDGET_S} s"
             )
 
     def _take_first(self) -> None:
         self._held_bytes -= self._held.popleft().nbytes
 
     def _refuse(self, request: _Request) -> None:
-        """It was certainly not executed."""
+        """It was certainly not executed, by the leader it was offered to last at least."""
         if isinstance(request.conn, ForwardedConnection):
             request.conn.refuse()
             return
         if request.oneway or request.conn.closed_reason is not None:
+            return
+        if request.maybe_done:
+            self._answer(request, ResponseCode.SYSTEM_ERROR, "outcome unknown: the leader changed meanwhile")
             return
         if request.refusal is not None:
             request.conn.write(request.refusal)
@@ -349,7 +389,7 @@ class Forwarder:
                 self._log.warning("forwarded request cannot be read", peer=peer_id, reason=str(error))
         else:
             # It leads, but the no-op of its term is still on its way: a matter of one round trip.
-            self._hold(_Request(conn, frame, 0, 0, False, self._clock.monotonic()))
+            self._hold(self._request(conn, frame, 0, 0, False))
 
     def send_refusal(self, peer_id: str, request_id: int) -> None:
         """Tell the node that was asked that this one did not execute its request."""
@@ -360,7 +400,7 @@ class Forwarder:
         self._group.send_app(peer_id, _HEAD.pack(_ANSWER, _WIRE_VERSION, request_id) + data)
 
     def _deliver(self, request_id: int, answer: bytes) -> None:
-        request = self._pending.pop(request_id, None)
+        request = self._take_pending(request_id)
         if request is None:
             return  # answered already: its budget was over, or it was forwarded again
         if answer[8 : 8 + len(_NEVER_LOGGED)] == _NEVER_LOGGED:
@@ -371,12 +411,16 @@ class Forwarder:
             self._changed(request.conn)
 
     def _refused(self, request_id: int) -> None:
-        request = self._pending.pop(request_id, None)
+        request = self._take_pending(request_id)
         if request is not None:
             self._hold_again(request)
 
     def _hold_again(self, request: _Request) -> None:
-        """Certainly not executed: first in line for the next leader."""
-        self._held.appendleft(request)
+        """In line for the next leader, where it was: several requests of one client must not change their order."""
+        held = self._held
+        at = 0
+        while at < len(held) and held[at].order < request.order:
+            at += 1
+        held.insert(at, request)
         self._held_bytes += request.nbytes
         self._work.set()

@@ -151,8 +151,8 @@ class Router:
     def _needs_leader(self, code: int, request: Command) -> bool:
         if code in LEADER_ONLY:
             return True
-        if code == RequestCode.VIEW_MESSAGE_BY_ID and self._group.leader_id not in (None, self._group.node_id):
-            # An acknowledged message may not be known as committed here yet.
+        if code == RequestCode.VIEW_MESSAGE_BY_ID:
+            # An acknowledged message may not be known as committed here yet; while a leader is elected least of all.
             return require(request.ext, "offset", int) >= self._group.committed_position
         return False
 

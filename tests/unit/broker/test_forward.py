@@ -9,6 +9,7 @@ import pytest
 import trio
 import trio.testing
 
+from broker import forward
 from broker.forward import BUDGET_S, HELD_REQUESTS_MAX, HOLD_S
 from remoting.codes import RequestCode, ResponseCode
 from tests.unit.broker.processor_rig import ProcessorRig, RigConnection
@@ -257,6 +258,85 @@ async def test_view_message_of_what_is_not_committed_here_asks_the_leader(two: T
     stored = two.leader.send("T", b"fresh")
     offset = int(stored.ext["msgId"][16:], 16)
     assert two.follower.tell(RequestCode.VIEW_MESSAGE_BY_ID, {"offset": offset}) == []
+    two.carry()
+    (answer,) = two.follower.conn.received()
+    assert answer.code == 0 and b"fresh" in bytes(answer.body)
+
+
+async def test_requests_a_leader_refused_keep_their_order(two: Two) -> None:
+    """Pipelined by one client: the second must not overtake the first because both came back."""
+    for number in range(3):
+        two.follower.tell(310, send_ext(f"UNIQ_KEY\x01{number:032d}\x02"), b"%d" % number)
+    two.carry()
+    two.leader.group.cut()
+    two.carry()
+    assert two.follower.forwarder.held == 3
+    two.follower.group.follow("n0")
+    two.carry()
+    two.leader.group.commit()
+    two.carry()
+    answers = two.follower.conn.received()
+    assert [(int(answer.ext["transactionId"]), answer.ext["queueOffset"]) for answer in answers] == [
+        (0, "0"),
+        (1, "1"),
+        (2, "2"),
+    ]
+
+
+async def test_requests_asked_again_stay_ahead_of_later_ones(two: Two) -> None:
+    two.follower.tell(310, send_ext("UNIQ_KEY\x01first\x02"), b"1")
+    two.leader.group.sent.clear()
+    two.follower.group.sent.clear()
+    two.follower.group.connected = False
+    two.follower.tell(310, send_ext("UNIQ_KEY\x01second\x02"), b"2")
+    two.follower.group.connected = True
+    two.follower.group.term += 1
+    two.follower.group.follow("n0")
+    two.carry()
+    two.leader.group.commit()
+    two.carry()
+    assert [answer.ext["transactionId"] for answer in two.follower.conn.received()] == ["first", "second"]
+
+
+async def test_a_send_that_a_former_leader_may_have_stored_is_never_called_not_stored(
+    two: Two, autojump_clock: trio.testing.MockClock
+) -> None:
+    two.follower.tell(310, send_ext(), b"x")
+    two.carry()
+    two.leader.group.commit()
+    assert two.leader.state.queues.max_offset("T", 0) == 1
+    two.leader.group.sent.clear()  # it died with the answer
+    two.follower.group.connected = False
+    two.follower.group.term += 1
+    two.follower.group.follow("n2")
+    assert two.follower.forwarder.held == 1
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(two.follower.forwarder.run)
+        await trio.sleep(HOLD_S + 0.1)
+        nursery.cancel_scope.cancel()
+    (answer,) = two.follower.conn.received()
+    assert answer.code == ResponseCode.SYSTEM_ERROR and "outcome unknown" in (answer.remark or "")
+    assert answer.ext["TRACE_ON"] == "true"
+
+
+async def test_bytes_under_way_are_bounded(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "PENDING_BYTES_MAX", 5_000)
+    assert two.follower.tell(310, send_ext(), bytes(4_000)) == []
+    (answer,) = two.follower.tell(310, send_ext(), bytes(4_000))
+    assert answer.code == ResponseCode.SYSTEM_BUSY
+    two.carry()
+    two.leader.group.commit()
+    two.carry()
+    assert two.follower.tell(310, send_ext("UNIQ_KEY\x01next\x02"), bytes(4_000))[0].code == 0
+
+
+async def test_view_message_waits_while_a_leader_is_elected(two: Two) -> None:
+    """Acknowledged by a leader that died at once: whether it is committed only the next leader knows."""
+    stored = two.leader.send("T", b"fresh")
+    offset = int(stored.ext["msgId"][16:], 16)
+    two.follower.group.leader_id = None
+    assert two.follower.tell(RequestCode.VIEW_MESSAGE_BY_ID, {"offset": offset}) == []
+    two.follower.group.follow("n0")
     two.carry()
     (answer,) = two.follower.conn.received()
     assert answer.code == 0 and b"fresh" in bytes(answer.body)
