@@ -6,7 +6,6 @@ awaitable. What the core sees (`LogView`) changes at `accept` and `cut`; `writte
 
 from __future__ import annotations
 
-import errno
 from bisect import bisect_right
 from collections.abc import Sequence
 
@@ -17,14 +16,13 @@ from dledger.errors import LogDamaged, StoreFailed
 from dledger.store.format import LOG_FOLDER, ROWS_FOLDER, Format, read_format, write_format
 from dledger.store.meta import MetaFile, format_meta
 from dledger.store.recovery import RecoveredLog, recover_log
-from dledger.store.rows import ROW_BYTES, Row, row_of, unpack_row
+from dledger.store.rows import DISK_FULL, ROW_BYTES, Row, row_of, suppress_disk_full, unpack_row
 from dledger.store.segments import Segment, create_segment, remove_segment, segment_bases
 from runtime.model import Env
 
 RECENT_BYTES_MAX = 16 * 1024 * 1024
 RECENT_ENTRIES_MAX = 4096
 _WALK_BYTES = 1 << 20
-_DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 def format_folder(env: Env, folder: str, identity: Format) -> None:
@@ -68,8 +66,8 @@ class LogStore:
         self.position_end = recovered.last.end
         self.written_index = self.last_index
         self.durable_index = self.last_index
-        self.disk_full = False
-        """The last attempt to write found no room. `write` and `prepare_spare` clear it when there is room again."""
+        self._is_write_full = False
+        self._is_spare_full = False
         self._recent: dict[int, Entry] = {}
         self._recent_bytes = 0
         self._recent_first = self.last_index + 1
@@ -162,7 +160,8 @@ class LogStore:
         while True:
             for entry in segment.read_frames(position, self.end_of(self.written_index), _WALK_BYTES):
                 if entry.index == index:
-                    segment.write_rows(index, row_of(entry))
+                    with suppress_disk_full():
+                        segment.write_rows(index, row_of(entry))
                     return Row(index, entry.term, entry.position, len(entry.frame), entry.head_crc)
                 position = entry.end
 
@@ -221,10 +220,11 @@ class LogStore:
                     frames = [entry.frame for entry in unwritten[:count]]
                     segment.file.pwritev(frames, first.position - segment.base)
             except OSError as error:
-                if error.errno not in _DISK_FULL:
+                if error.errno not in DISK_FULL:
                     raise StoreFailed(f"writing to {segment.file.path} failed: {error}") from error
-                self.disk_full = True
+                self._is_write_full = True
                 break
+            self._is_write_full = False
             if not segment.first_index:
                 segment.first_index = first.index
             if not self._dirty or self._dirty[-1] is not segment:
@@ -257,6 +257,16 @@ class LogStore:
         return bool(self._unwritten)
 
     @property
+    def unwritten_bytes(self) -> int:
+        """Bytes of the log that are accepted and wait in memory."""
+        return self.position_end - self.end_of(self.written_index) if self._unwritten else 0
+
+    @property
+    def disk_full(self) -> bool:
+        """The last attempt to write, or to create the next segment, found no room. The next one that does clears it."""
+        return self._is_write_full or self._is_spare_full
+
+    @property
     def needs_spare(self) -> bool:
         return self._spare is None
 
@@ -274,11 +284,11 @@ class LogStore:
                     create_segment, self._env.files, self._folder, base, self._segment_bytes
                 )
             except OSError as error:
-                if error.errno not in _DISK_FULL:
+                if error.errno not in DISK_FULL:
                     raise StoreFailed(f"creating a segment in {self._folder} failed: {error}") from error
-                self.disk_full = True
+                self._is_spare_full = True
             else:
-                self.disk_full = False
+                self._is_spare_full = False
 
     @property
     def unsynced(self) -> bool:
@@ -312,7 +322,7 @@ class LogStore:
             try:
                 segment.write_rows(index, b"".join([rows[each] for each in range(index, stop + 1)]))
             except OSError as error:
-                if error.errno not in _DISK_FULL:
+                if error.errno not in DISK_FULL:
                     raise
                 return  # kept in memory; the log is what counts
             for each in range(index, stop + 1):
@@ -345,7 +355,8 @@ class LogStore:
             self.written_index = min(self.written_index, self.last_index)
             self.durable_index = min(self.durable_index, self.last_index)
             removed: list[Segment] = []
-            while len(self._segments) > 1 and self._segments[-1].first_index >= from_index:
+            # A segment without entries (rolled to, but nothing could be written yet) goes with what was to fill it.
+            while len(self._segments) > 1 and not 0 < self._segments[-1].first_index < from_index:
                 removed.append(self._segments.pop())
                 del self._by_base[removed[-1].base]
             active = self._segments[-1]

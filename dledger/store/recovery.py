@@ -22,7 +22,7 @@ from attrs import define, frozen
 from dledger.core.types import HEADER_BYTES, BadFrame, Entry, next_position, parse_entry, unpack_header
 from dledger.errors import LogDamaged
 from dledger.store.format import LOG_FOLDER, ROWS_FOLDER
-from dledger.store.rows import ROW_BYTES, Row, last_row, pack_row, read_row
+from dledger.store.rows import ROW_BYTES, Row, last_row, pack_row, read_row, suppress_disk_full
 from dledger.store.segments import Segment, open_segment, remove_segment, segment_bases, segment_name
 from runtime.model import Files
 
@@ -79,7 +79,7 @@ def recover_log(files: Files, folder: str, segment_bytes: int, durable_index: in
         if following is not None and _is_complete(segment, following, walk):
             continue
         _walk_segment(segment, walk)
-        if following is None or segment.nonzero_from(walk.last.end - segment.base) is not None:
+        if following is None or segment.nonzero_from(max(walk.last.end - segment.base, 0)) is not None:
             break
         if not _continues(following, walk):
             break
@@ -109,6 +109,8 @@ def _open_all(files: Files, folder: str, segment_bytes: int) -> list[Segment]:
     for name in files.listdir(f"{folder}/{LOG_FOLDER}"):
         if name.endswith(".new"):  # a segment whose creation was cut short
             files.unlink(f"{folder}/{LOG_FOLDER}/{name}")
+    if bases and not files.exists(f"{folder}/{ROWS_FOLDER}"):
+        files.make_dirs(f"{folder}/{ROWS_FOLDER}")  # rows can be had again from the frames; the walk does it
     return [open_segment(files, folder, base, segment_bytes) for base in bases]
 
 
@@ -183,7 +185,8 @@ def _walk_segment(segment: Segment, walk: _Walk) -> None:
 def _write_missing_rows(segment: Segment, first: int, rows: bytes) -> None:
     offset = first * ROW_BYTES
     if segment.rows.pread(len(rows), offset) != rows:
-        segment.rows.pwrite(rows, offset)
+        with suppress_disk_full():
+            segment.rows.pwrite(rows, offset)
 
 
 def _entry_at(window: bytes, offset: int) -> Entry | None:

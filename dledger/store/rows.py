@@ -7,7 +7,10 @@ entry was once on stable storage and must not be cut as a torn tail (raft.md 4.6
 
 from __future__ import annotations
 
+import errno
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from zlib import crc32
 
 import msgspec
@@ -16,6 +19,7 @@ from dledger.core.types import Entry
 from runtime.model import File
 
 ROW_BYTES = 40
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 _ROW = struct.Struct("<QQQIII4x")
 _COVERED = struct.Struct("<QQQII")
@@ -73,3 +77,13 @@ def last_row(file: File) -> Row | None:
                 return row
         count = first
     return None
+
+
+@contextmanager
+def suppress_disk_full() -> Iterator[None]:
+    """For rows that a full disk may keep from being written: the frames count, and are walked without them."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise

@@ -21,6 +21,7 @@ from dledger.store.format import Format, check_format, read_format
 from dledger.store.log_store import LogStore, format_folder, is_blank
 from dledger.store.meta import SLOT_DISTANCE, MetaFile
 from dledger.store.recovery import recover_log
+from dledger.store.rows import row_of
 from dledger.store.segments import segment_name
 from runtime.files import RealFiles
 from runtime.model import Env
@@ -490,3 +491,84 @@ def test_checkpoint_is_read_back_or_ignored(tmp_path: Path) -> None:
         assert read_checkpoint(files, folder) is None, offset
     path.write_bytes(whole[:-1])
     assert read_checkpoint(files, folder) is None
+
+
+async def test_torn_first_frame_of_a_new_segment_is_cut(tmp_path: Path) -> None:
+    """A power loss may keep the header of a segment's first frame and lose its body, with the next spare in place."""
+    env = test_env(tmp_path)
+    store = await fresh(env, tmp_path)
+    framer = Framer()
+    entries = [framer.next(b"t" * 40_000) for _ in range(2)]
+    await append(store, entries)
+    assert len(list((tmp_path / "log").iterdir())) == 3
+    with (tmp_path / "log" / segment_name(SEGMENT)).open("r+b") as file:
+        file.seek(4096)
+        file.write(bytes(30_000))
+    store.abandon()
+    # Complete rows: the first segment is taken at its word, and its follower's header continues it.
+    rows = tmp_path / "rows" / segment_name(0)
+    rows.write_bytes(row_of(entries[0]))
+    again = await opened(env, tmp_path)
+    assert all_entries(again) == entries[:1]
+    framer.back_to(entries[0])
+    await append(again, [framer.next(b"u" * 40_000, term=2)])
+    assert again.written_index == 2
+
+
+async def test_cut_behind_a_roll_that_found_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    env = test_env(tmp_path)
+    store = await fresh(env, tmp_path)
+    framer = Framer()
+    old = [framer.next(b"r" * 20_000) for _ in range(4)]
+    await append(store, old[:3])
+    with monkeypatch.context() as patch:
+        patch.setattr("runtime.files.RealFile.pwrite", no_room)
+        store.accept(old[3:])
+        assert store.write() == 3 and store.disk_full
+    framer.back_to(old[1])
+    await store.cut(3)
+    assert not any((tmp_path / "log" / segment_name(0)).read_bytes()[old[1].end :])
+    new = [framer.next(b"s" * 20_000, term=2) for _ in range(3)]
+    await append(store, new)
+    assert store.written_index == 5 and all_entries(store) == [*old[:2], *new]
+    store.abandon()
+    assert all_entries(await opened(env, tmp_path)) == [*old[:2], *new]
+
+
+async def test_room_for_a_write_ends_the_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system may refuse a write into allocated space (copy on write, quota), with the spare long there."""
+    store = await fresh(test_env(tmp_path), tmp_path)
+    entry = Framer().next(b"x" * 100)
+    with monkeypatch.context() as patch:
+        patch.setattr("runtime.files.RealFile.pwrite", no_room)
+        store.accept([entry])
+        assert store.write() == 0 and store.disk_full and store.unwritten_bytes == 164
+    assert store.write() == 1 and not store.disk_full and store.unwritten_bytes == 0
+
+
+async def test_start_on_a_full_disk_does_without_new_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    env = test_env(tmp_path)
+    store = await fresh(env, tmp_path)
+    framer = Framer()
+    entries = [framer.next(b"r" * 1000) for _ in range(30)]
+    await append(store, entries)
+    store.abandon()
+    monkeypatch.setattr("runtime.files.RealFile.pwrite", no_room)
+    again = await opened(env, tmp_path)
+    assert all_entries(again) == entries and again.head_crc_at(7) == entries[6].head_crc
+
+
+async def test_lost_rows_folder_is_made_again(tmp_path: Path) -> None:
+    env = test_env(tmp_path)
+    store = await fresh(env, tmp_path)
+    framer = Framer()
+    entries = [framer.next(b"r" * 1000) for _ in range(100)]
+    await append(store, entries)
+    await store.close()
+    shutil.rmtree(tmp_path / "rows")
+    again = await opened(env, tmp_path)
+    assert all_entries(again) == entries and again.head_crc_at(70) == entries[69].head_crc
+
+
+def no_room(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
