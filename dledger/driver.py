@@ -37,7 +37,7 @@ from dledger.core.events import (
     TurnEnd,
     Written,
 )
-from dledger.core.messages import Message
+from dledger.core.messages import Append, Message
 from dledger.core.raft import Raft
 from dledger.core.transitions import PeerState
 from dledger.core.types import HEADER_BYTES, Entry, EntryType, Role, frame_entry, next_position
@@ -158,11 +158,21 @@ class Driver:
             "entries_applied": 0,
             "syncs": 0,
             "orphaned": 0,
+            "entries_dropped": 0,
         }
 
     # What has arrived. None of these does more than take note; `pump` or `wake` follows.
 
     def on_message(self, peer: str, message: Message) -> None:
+        if (
+            type(message) is Append
+            and message.entries
+            and self.store.unwritten_bytes > self._config.uncommitted_bytes_max
+        ):
+            # Nowhere to write them (a full or stalled disk), and memory must not fill instead. As if lost on the way:
+            # the next heartbeat finds the gap, and the leader probes until there is room.
+            self.counters["entries_dropped"] += len(message.entries)
+            return
         self._inbox.append(Receive(self._monotonic(), peer, message))
 
     def on_app_message(self, peer: str, payload: bytes) -> None:

@@ -23,7 +23,7 @@ from dledger.machine import EntryView, GroupStatistics, StateMachine
 from dledger.open_batch import OpenBatch
 from dledger.peers import Peers
 from dledger.store.checkpoint import read_checkpoint, write_checkpoint
-from dledger.store.format import FORMAT_FILE, Format, check_format, read_format
+from dledger.store.format import CHECKPOINT_FILE, FORMAT_FILE, Format, check_format, read_format
 from dledger.store.log_store import LogStore, format_folder, is_blank
 from dledger.store.meta import MetaFile, boot_tag
 from dledger.store.recovery import RecoveredLog
@@ -207,6 +207,8 @@ class RaftGroup:
         covers, blob = checkpoint if checkpoint is not None else (0, None)
         if covers > store.last_index:
             self._log.warning("checkpoint lies behind the end of the log", covers=covers, last_index=store.last_index)
+            # Nor may it count once the log has grown past it again, maybe with other entries (async power losses).
+            self._env.files.unlink(f"{self.config.data_dir}/{CHECKPOINT_FILE}")
             covers, blob = 0, None
         # Where the machine wants to read from may lie before what its tables cover (a dedup window is read again).
         covered = machine.restore(blob)
