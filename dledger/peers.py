@@ -46,6 +46,8 @@ from runtime.model import Env, Listener, Stream
 
 RECONNECT_SECONDS_MIN = 0.020
 RECONNECT_SECONDS_MAX = 1.0
+SETTLED_SECONDS = 1.0
+"""A connection that lived for so long was a good one; the next one is dialled without a pause."""
 DIAL_SECONDS_MAX = 2.0
 HANDSHAKE_SECONDS_MAX = 2.0
 PING_AFTER_SECONDS = 1.0
@@ -85,6 +87,7 @@ class Link:
         self.peer = peer
         self.stream = stream
         self.reader = reader
+        self.since = now
         self.last_received = now
         self.last_sent = now
         self.is_closed = False
@@ -270,7 +273,7 @@ class Peers:
 
     async def _keep_dialled(self, peer: str) -> None:
         host, port = self._config.peers[peer]
-        pause = RECONNECT_SECONDS_MIN
+        pause = quarrel_pause = RECONNECT_SECONDS_MIN
         is_lost_told = False
         since_loss = HARD_LOSS_ATTEMPTS
         while True:
@@ -293,7 +296,13 @@ class Peers:
                 pause = RECONNECT_SECONDS_MIN
                 await self._use_dialled(link)
                 since_loss = 0
-                continue  # at once: being refused now tells that the process is gone
+                if self._monotonic() - link.since >= SETTLED_SECONDS:
+                    quarrel_pause = RECONNECT_SECONDS_MIN
+                    continue  # at once: being refused now tells that the process is gone
+                # The two may fall out over every message (a newer frame version, say): no busy loop of that.
+                await self._env.clock.sleep(quarrel_pause * self._rng.uniform(0.75, 1.25))
+                quarrel_pause = min(quarrel_pause * 2, RECONNECT_SECONDS_MAX)
+                continue
             since_loss += 1
             if not is_lost_told and (refused or since_loss >= HARD_LOSS_ATTEMPTS):
                 is_lost_told = True

@@ -35,6 +35,7 @@ NONCE_BYTES = 16
 HANDSHAKE_BYTES_MAX = 4096
 APP_BYTES_MAX = BODY_BYTES_MAX + 1024 * 1024
 MESSAGE_BYTES_MAX = 8 * 1024 * 1024
+NUMBER_MAX = (1 << 63) - 1
 
 KIND_APP = 16
 KIND_PING = 17
@@ -183,6 +184,8 @@ def decode_raft(received: Received) -> Message:
         raise WireError(f"a message of unknown kind {kind}")
     if tuple(map(type, fields)) != signature:
         raise WireError(f"a message of kind {kind} with wrong fields")
+    if min(fields) < 0 or max(fields) > NUMBER_MAX:  # a term that no meta slot can hold must not be adopted
+        raise WireError(f"a message of kind {kind} with a number out of range")
     if kind != _KIND_APPEND:
         if received.raw:
             raise WireError(f"a message of kind {kind} with bytes behind it")

@@ -5,12 +5,14 @@ from __future__ import annotations
 from itertools import pairwise
 
 import cbor2
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dledger.core.messages import Append, AppendReply, Message, PreVote, PreVoteReply, TimeoutNow, Vote, VoteReply
 from dledger.core.types import EntryType, frame_entry, next_position
+from dledger.wire import _RAFT_KINDS as RAFT_KINDS
 from dledger.wire import (
     KIND_APP,
     KIND_HELLO,
@@ -149,3 +151,16 @@ def test_proof_depends_on_secret_role_and_both_nonces() -> None:
     ):
         assert not is_proof(shown, other)
     assert prove(None, b"dial", hello(), hello()) == b""
+
+
+@pytest.mark.parametrize("number", [-1, 2**63, 2**64, 2**200])
+def test_numbers_that_no_slot_can_hold_are_refused(number: int) -> None:
+    for message in MESSAGES:
+        if type(message) is Append:
+            continue
+        fields = [number if type(field) is int else field for field in msgspec.structs.astuple(message)]
+        received = MessageReader().feed(b"".join(encode(RAFT_KINDS[type(message)], fields)))
+        with pytest.raises(WireError, match="out of range"):
+            decode_raft(received[0])
+    with pytest.raises(WireError, match="out of range"):
+        decode_raft(Received(RAFT_KINDS[Append], [1, 0, 0, 0, 0, number], memoryview(b"")))

@@ -107,7 +107,7 @@ async def members(tmp_path: Path, *changes: dict[str, Any]) -> AsyncIterator[lis
 
 async def connected(found: list[Member]) -> None:
     await wait_until(
-        lambda: all(member.peers.is_connected(f"n{1 - number}") for number, member in enumerate(found)),
+        lambda: all(any(map(member.peers.is_connected, ("n0", "n1"))) for member in found),
         what="connections",
     )
 
@@ -202,6 +202,24 @@ async def test_broken_connection_to_a_live_peer_is_soft_and_comes_back(tmp_path:
         found[0].peers.disconnect("n1", "for the test")
         await wait_until(lambda: found[0].seen.ups == ["n1", "n1"], what="the reconnect")
         assert found[0].seen.losses == [("n1", False)]
+
+
+async def test_members_that_fall_out_at_once_do_not_redial_in_a_busy_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with members(tmp_path) as found:
+        peers = found[0].peers
+        ups: list[str] = []
+
+        def fall_out(peer: str) -> None:
+            ups.append(peer)
+            peers.disconnect(peer, "for the test")
+
+        monkeypatch.setattr(found[0].seen, "on_peer_up", fall_out)
+        await connected(found[1:])
+        peers.disconnect("n1", "for the test")
+        await trio.sleep(1.0)
+        assert 2 <= len(ups) <= 12
 
 
 async def test_slow_peer_costs_a_bounded_queue_and_votes_pass_it(
