@@ -254,6 +254,13 @@ class QueueTable:
             parts.append(bytes(queue.tail[: (end - tail_offset) * UNIT_BYTES]))
         return b"".join(parts)
 
+    def points_to(self, topic: str, queue_id: int, offset: int, physical_offset: int) -> bool:
+        """The committed unit at a queue offset is that of the message there. Raises OSError."""
+        queue = self._get(topic, queue_id)
+        if queue is None or not queue.min_offset <= offset < queue.max_offset:
+            return False
+        return self.unit(queue, offset)[0] == physical_offset
+
     def unit(self, queue: QueueState, offset: int) -> tuple[int, int, int]:
         """(physical offset, size, tags code) of one unit in [min, max)."""
         if offset >= queue.tail_offset:

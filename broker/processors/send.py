@@ -172,8 +172,7 @@ class SendProcessor:
         found = properties.rfind(b"UNIQ_KEY\x01")
         value_end = properties.find(b"\x02", found)
         if found < 0 or value_end < 0 or (found and properties[found - 1] != 2) or properties[-1] != 2:
-            properties, unique = self._complete(properties)
-            rest = properties
+            properties, unique, rest = self._complete(properties)
         else:
             unique = properties[found + 9 : value_end]
             # What the properties mean but for the key is the same for most messages of a producer.
@@ -264,15 +263,15 @@ class SendProcessor:
 
     # --------------------------------------------------------------------------------------------------- properties
 
-    def _complete(self, properties: bytes) -> tuple[bytes, bytes]:
-        """Properties with a closing 0x02 and a UNIQ_KEY, and that key."""
+    def _complete(self, properties: bytes) -> tuple[bytes, bytes, bytes]:
+        """Properties with a closing 0x02 and a UNIQ_KEY, that key, and the properties without a key made here."""
         if properties and properties[-1] != 2:
             properties += b"\x02"
         unique = find_property(properties, b"UNIQ_KEY\x01")
         if unique is None:
             unique = self._unique_keys.next(self._wall_ms()).encode()
-            properties += b"UNIQ_KEY\x01" + unique + b"\x02"
-        return properties, unique
+            return properties + b"UNIQ_KEY\x01" + unique + b"\x02", unique, properties
+        return properties, unique, properties
 
     # ------------------------------------------------------------------------------------------------------ refusals
 
@@ -465,7 +464,7 @@ class SendProcessor:
 
     def _resolve(self, header: SendHeader, config: TopicConfig) -> _Target | None:
         """The real destination; None for the dead-letter queue."""
-        properties, _unique = self._complete(header.properties.encode())
+        properties, _unique, _rest = self._complete(header.properties.encode())
         queue_id = header.queue_id
         if queue_id < 0:
             queue_id = self._rng.randrange(config.write_queue_nums)
@@ -607,9 +606,12 @@ class SendProcessor:
     def _send_batch(self, header: SendHeader, body: bytes, config: TopicConfig, conn: Any) -> None:
         """A client's batch: an entry of its own, so that it is stored as a whole or not at all."""
         try:
-            messages = self._read_batch(body)
+            messages = self._read_batch(body, len(config.topic_name.encode()))
         except BodyError as error:
             self._answer(header, conn, ResponseCode.MESSAGE_ILLEGAL, f"the batch is illegal: {error}")
+            return
+        except TooLarge as error:
+            self._refuse_by(error, header, conn)
             return
         state = self._state
         topic = config.topic_name.encode()
@@ -691,8 +693,13 @@ class SendProcessor:
         except (NotLeader, Overloaded, TooLarge) as error:
             self._refuse_by(error, header, conn)
 
-    def _read_batch(self, body: bytes) -> list[tuple[int, bytes, bytes, bytes, int, Facts]]:
-        """(flag, body, properties as stored, UNIQ_KEY, body CRC, facts) of each message. Raises BodyError."""
+    def _read_batch(self, body: bytes, topic_bytes: int) -> list[tuple[int, bytes, bytes, bytes, int, Facts]]:
+        """(flag, body, properties as stored, UNIQ_KEY, body CRC, facts) of each message.
+
+        Raises BodyError, or TooLarge as soon as that is clear: 4 MiB of the smallest messages are 180,000 of them.
+        """
+        room = self._config.group.entry_bytes_max
+        overhead = V1_OVERHEAD_BYTES + topic_bytes + len(self._suffix)
         suffix = self._suffix
         limit = self._config.max_properties_bytes - len(suffix)
         known = self._facts.known
@@ -701,8 +708,7 @@ class SendProcessor:
             found = properties.rfind(b"UNIQ_KEY\x01")
             value_end = properties.find(b"\x02", found)
             if found < 0 or value_end < 0 or (found and properties[found - 1] != 2) or properties[-1] != 2:
-                properties, unique = self._complete(properties)
-                rest = properties
+                properties, unique, rest = self._complete(properties)
             else:
                 unique = properties[found + 9 : value_end]
                 rest = properties[:found] + properties[value_end + 1 :]
@@ -713,6 +719,9 @@ class SendProcessor:
                 raise BodyError("a message of the batch is empty, or its properties are too long or broken")
             if not facts[2] and _int_or_zero(find_property(rest, b"DELAY\x01")) > 0:
                 raise BodyError("messages of a batch cannot be delayed")
+            room -= overhead + len(message) + len(properties)
+            if room < 0:
+                raise TooLarge("the stored form of the batch is larger than an entry may be")
             messages.append((flag, message, properties + suffix, unique, _crc32(message) & 0x7FFFFFFF, facts))
         return messages
 
@@ -748,10 +757,12 @@ class SendProcessor:
             return False
         if state.next_store_ms() - records[0].store_timestamp > self._dedup.window_ms:
             return False
+        first = records[0]
+        if not state.queues.points_to(first.topic.decode(), first.queue_id, first.queue_offset, position):
+            return False  # of a topic that was deleted and made anew since
         state.dedup_hits += 1
         if header.flag & FLAG_ONEWAY:
             return True
-        first = records[0]
         if first.topic == _SCHEDULE:
             queue_id = _int_or_zero(find_property(first.properties, b"REAL_QID\x01"))
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -319,6 +320,39 @@ def test_a_batch_is_one_entry_and_goes_or_stays_as_a_whole(node: Node) -> None:
     assert node.state.queues.pending_queue(b"T", 0).next_offset == 1
 
 
+def test_a_batch_of_too_many_small_messages_is_refused_without_reading_all_of_it(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4 MiB of the smallest messages are 180,000: reading them would hold the loop for seconds."""
+    with_topic(node, "T")
+    body = batch_body((b"x", "")) * (4 * 1024 * 1024 // 23)
+    read = 0
+    made = node.send._unique_keys.next
+
+    def counting(wall_ms: int) -> str:
+        nonlocal read
+        read += 1
+        return made(wall_ms)
+
+    monkeypatch.setattr(node.send, "_unique_keys", SimpleNamespace(next=counting))
+    opaque = node.put("T", body, code=320, batch=True)
+    assert node.answers()[opaque].code == 13
+    assert 10_000 < read < 30_000
+    assert node.state.queues.pending_queue(b"T", 0).next_offset == 0
+
+
+def test_a_key_made_here_does_not_fill_the_memory_of_property_strings(node: Node) -> None:
+    with_topic(node, "T")
+    known = node.state.facts.known
+    for _ in range(2):  # the first one of a topic takes the careful way
+        node.send_now("T", b"m", "TAGS\x01TagA\x02")
+    before = len(known)
+    for _ in range(3):
+        node.send_now("T", b"m", "TAGS\x01TagA\x02")
+    node.send_now("T", batch_body((b"one", "TAGS\x01TagA\x02"), (b"two", "TAGS\x01TagA\x02")), code=320, batch=True)
+    assert len(known) == before
+
+
 # ------------------------------------------------------------------------------------------------------- delays, retry
 
 
@@ -445,6 +479,21 @@ def test_the_window_can_be_switched_off(tmp_path: Path) -> None:
     with_topic(node, "T")
     node.send_now("T", b"m", "UNIQ_KEY\x01D\x02")
     assert node.send_now("T", b"m", "UNIQ_KEY\x01D\x02").ext["queueOffset"] == "1"
+
+
+def test_a_key_of_a_deleted_topic_is_no_duplicate_in_the_new_one(node: Node) -> None:
+    """What was acknowledged must be there: the first message went with its topic."""
+    with_topic(node, "T")
+    properties = "UNIQ_KEY\x01KEY\x02"
+    node.send_now("T", b"m", properties)
+    node.state.propose_op(("topic_del", "T"), lambda ok, reason: None)
+    node.settle()
+    with_topic(node, "T")
+    node.send_now("T", b"other", "UNIQ_KEY\x01OTHER\x02")
+    answer = node.send_now("T", b"m", properties)
+    assert answer.ext["queueOffset"] == "1"
+    assert stored(node, "T", 0, 1).body == b"m"
+    assert node.send_now("T", b"m", properties).ext == answer.ext
 
 
 @pytest.mark.parametrize("pending", [False, True])
