@@ -91,7 +91,8 @@ class DelayService:
         progress = state.delay
         if progress.is_pending(level):
             return None
-        offset = progress.next_offset(level)
+        # What retention removed is gone; the level goes on behind it.
+        offset = max(progress.next_offset(level), state.queues.min_offset(SCHEDULE_TOPIC, level - 1))
         units = state.queues.units(SCHEDULE_TOPIC, level - 1, offset, _BATCH_UNITS)
         if not units:
             return None

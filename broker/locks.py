@@ -62,10 +62,17 @@ class QueueLocks:
         if not changes:
             done(granted)
             return
-        for row in changes:
-            self._leases[row[0], row[1], row[2]] = now + self._lease_s
+        leases = self._leases
+        before = {key: leases.get(key, 0.0) for key in [(row[0], row[1], row[2]) for row in changes]}
+        for key in before:
+            leases[key] = now + self._lease_s
 
         def logged(ok: bool, _reason: str | None) -> None:
+            if not ok:
+                # Refused: the former owner's lease must not be longer for it.
+                for key, until in before.items():
+                    if not self._owners.is_pending(key):
+                        leases[key] = until
             done(granted if ok else None)
 
         self._propose(changes, logged)

@@ -121,12 +121,18 @@ class OffsetTable:
             raise InvariantBroken(f"offset of {key!r} lands without having been staged")
 
     def remove_topic(self, topic: str) -> None:
+        """Its deletion is committed; updates not logged yet must not outlive it either."""
         for key in [key for key in self._committed if key[1] == topic]:
             del self._committed[key]
+        for unlogged in [key for key in self._delta if key[1] == topic]:
+            del self._delta[unlogged]
 
     def remove_group(self, group: str) -> None:
+        """As `remove_topic`."""
         for key in [key for key in self._committed if key[0] == group]:
             del self._committed[key]
+        for unlogged in [key for key in self._delta if key[0] == group]:
+            del self._delta[unlogged]
 
     def snapshot(self) -> list[list[Any]]:
         return [[group, topic, sorted(queues.items())] for (group, topic), queues in sorted(self._committed.items())]

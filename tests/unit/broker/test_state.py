@@ -427,6 +427,21 @@ def test_offsets_that_could_not_be_proposed_are_kept_and_do_not_hide_newer_ones(
     assert node.state.offsets.query("g", "T", 0) == 1
 
 
+@pytest.mark.parametrize("op", [("topic_del", "T"), ("group_del", "g", True)])
+def test_an_unlogged_offset_does_not_outlive_its_topic_or_group(node: Node, op: tuple[Any, ...]) -> None:
+    """A topic made anew starts at 0: an old offset logged afterwards would skip its messages."""
+    node.state.propose_op(("topic_put", make_topic("T")), Outcome())
+    node.settle()
+    node.state.offsets.update("g", "T", 0, 7)
+    node.state.offsets.update("other", "U", 0, 8)
+    node.state.propose_op(op, Outcome())
+    node.settle()
+    node.state.log_offsets()
+    node.settle()
+    assert node.state.offsets.query("g", "T", 0) is None
+    assert node.state.offsets.query("other", "U", 0) == 8
+
+
 # ---------------------------------------------------------------------------------------------------------- queue locks
 
 QUEUES = [MessageQueue(topic="T", broker_name="b", queue_id=number) for number in range(2)]
@@ -488,6 +503,16 @@ def test_a_new_leader_gives_every_owner_a_fresh_lease(node: Node, tmp_path: Path
     assert lock(other, "c2") == []
     clock.advance(2_000)
     assert lock(other, "c2") == [0, 1]
+
+
+def test_a_refused_lock_does_not_lengthen_the_former_owners_lease(node: Node) -> None:
+    lock(node, "c1", QUEUES[:1])
+    node.clock.advance(61_000)
+    node.group.full = True
+    assert lock(node, "c2", QUEUES[:1]) is None
+    node.group.full = False
+    assert not node.state.locks.is_locked_by("g", QUEUES[0], "c1")
+    assert lock(node, "c3", QUEUES[:1]) == [0]
 
 
 def test_a_lock_that_is_cut_is_not_held(node: Node) -> None:
@@ -605,3 +630,13 @@ async def test_a_unit_due_far_too_late_counts_as_due(node: Node) -> None:
     node.clock.advance(-3_600_000)
     await run_delays(node, lambda: node.state.queues.max_offset("T", 0) == 1)
     assert node.state.queues.max_offset(SCHEDULE_TOPIC, 0) == 1
+
+
+async def test_a_level_goes_on_behind_what_retention_removed(node: Node) -> None:
+    for number in range(2):
+        node.send_now("T", b"%d" % number, f"DELAY\x011\x02UNIQ_KEY\x01D{number}\x02")
+    (queue,) = [queue for queue in node.state.queues if queue.topic == SCHEDULE_TOPIC]
+    queue.min_offset = 1
+    node.clock.advance(2_000)
+    await run_delays(node, lambda: node.state.delay.levels == {1: 2})
+    assert node.state.queues.max_offset("T", 0) == 1
