@@ -253,7 +253,10 @@ class BrokerNode:
         self.broker.long_poll.wake_notified()
         self.broker.flush_changed()
 
-    def _topics_changed(self, _names: list[str]) -> None:
+    def _topics_changed(self, names: list[str]) -> None:
+        for name in names:
+            if self.state.topics.get(name) is None:
+                self.broker.long_poll.drop_queue_of(name)
         self.registration.wake()
 
     # ------------------------------------------------------------------------------------------------- housekeeping

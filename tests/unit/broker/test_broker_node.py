@@ -117,6 +117,27 @@ async def test_three_nodes_and_any_of_them_will_do(tmp_path: Path) -> None:
         assert len(logs) == 1, "the logs differ"
 
 
+async def test_the_deletion_of_a_topic_ends_the_waits_on_followers_too(tmp_path: Path) -> None:
+    async with cluster_of(3, tmp_path) as (cluster, client):
+        leader = await cluster.leader()
+        follower = next(node_id for node_id in sorted(cluster.nodes) if node_id != leader)
+        node = cluster.nodes[follower]
+        await client.call(cluster.address(leader), 310, send_ext(), b"m")
+        await wait_until(lambda: node.state.queues.max_offset("T", 0) == 1, what="replication")
+        codes: list[int] = []
+
+        async def wait_for_more() -> None:
+            ext = pull_ext(1, sysFlag=PULL_SUBSCRIPTION | PULL_SUSPEND, suspendTimeoutMillis=20_000)
+            command = Command(code=RequestCode.PULL_MESSAGE, opaque=0, ext={k: str(v) for k, v in ext.items()})
+            codes.append((await client.invoke(cluster.address(follower), command, 5)).code)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait_for_more)
+            await wait_until(lambda: len(node.broker.long_poll) == 1, what="the pull to be held")
+            await client.call(cluster.address(leader), RequestCode.DELETE_TOPIC_IN_BROKER, {"topic": "T"})
+        assert codes == [ResponseCode.TOPIC_NOT_EXIST]
+
+
 async def test_the_leader_dies_and_a_follower_answers_for_the_next(tmp_path: Path) -> None:
     async with cluster_of(3, tmp_path) as (cluster, client):
         leader = await cluster.leader()
