@@ -220,9 +220,31 @@ class Admin:
             except Unavailable:
                 if topic is None:
                     raise
+                found = await self._view_elsewhere(topic, address, offset)
+                if found is not None:
+                    return found
         assert topic is not None
-        found = await self.query_by_key(topic, message_id, unique=True)
-        return found[0] if found else None
+        matches = await self.query_by_key(topic, message_id, unique=True)
+        return matches[0] if matches else None
+
+    async def _view_elsewhere(self, topic: str, stored_by: str, offset: int) -> MessageExt | None:
+        """The node in a message id is gone: physical offsets are the same on all members of its group."""
+        route = await self.route(topic)
+        for name in sorted(route.members):
+            answer = await self._client.call_group(
+                name,
+                topic,
+                RequestCode.VIEW_MESSAGE_BY_ID,
+                {"offset": offset, "topic": topic},
+                accept=(ResponseCode.SUCCESS, ResponseCode.SYSTEM_ERROR),
+            )
+            if answer.code == ResponseCode.SUCCESS:
+                message = decode_stored(answer.body)
+                # Another group may have a message at this offset as well.
+                if message.topic == topic and message.store_host == stored_by:
+                    message.broker_name = name
+                    return inflate(message)
+        return None
 
     async def query_by_key(
         self,

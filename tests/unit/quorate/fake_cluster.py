@@ -310,6 +310,12 @@ class Node:
             return encode_response(request, ResponseCode.QUERY_NOT_FOUND, remark="none")
         return encode_response(request, 0, {"indexLastUpdateTimestamp": 0}, b"".join(found))
 
+    def on_33(self, connection: Connection, frame: Frame, request: Command) -> bytes:
+        record = self.state.by_physical.get(int(request.ext["offset"]))
+        if record is None:
+            return encode_response(request, ResponseCode.SYSTEM_ERROR, remark="none")
+        return encode_response(request, 0, None, record)
+
     def on_28(self, connection: Connection, frame: Frame, request: Command) -> bytes:
         role = "LEADER" if self.is_leader else "FOLLOWER"
         return encode_response(request, 0, None, encode_body({"table": {"raftRole": role}}))

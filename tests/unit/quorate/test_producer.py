@@ -11,7 +11,7 @@ from fake_cluster import FakeCluster, fake_cluster
 import quorate
 from quorate.producer import by_key
 from remoting.codes import RequestCode
-from remoting.message import Message, string_to_properties
+from remoting.message import Message, host_to_bytes, offset_msg_id, parse_offset_msg_id, string_to_properties
 from runtime.testing import test_env as make_env
 from runtime.testing import wait_until
 
@@ -43,6 +43,21 @@ async def test_send_to_a_new_topic_creates_it_from_the_template() -> None:
         found = await mq.admin.view(receipt.message_id, topic="orders")
         assert found is not None
         assert found.body == b"hello"
+
+
+async def test_a_message_is_viewed_by_its_id_when_the_node_that_stored_it_is_gone() -> None:
+    """The fake brokers stamp records with an address where nobody listens; other members have the same offsets."""
+    env = make_env()
+    async with fake_cluster(env, groups=2) as cluster, quorate.connect(cluster.namesrv, env=env) as mq:
+        cluster.topics["t"] = 4
+        for number in range(8):
+            receipt = await mq.send("t", b"%d" % number)
+        found = await mq.admin.view(receipt.offset_message_id, topic="t")
+        assert found is not None
+        assert found.topic == "t" and found.offset_message_id == receipt.offset_message_id
+        host, port, _ = parse_offset_msg_id(receipt.offset_message_id)
+        nothing = offset_msg_id(host_to_bytes(host, port), 1 << 40)
+        assert await mq.admin.view(nothing, topic="t") is None
 
 
 async def test_round_robin_over_all_groups_and_queues() -> None:
