@@ -41,6 +41,7 @@ FAILED_STARTS_MAX = 5
 """So many starts in a row that never got ready, and the pauses become long."""
 READY_WITHIN_S = 30.0
 STOP_WITHIN_S = 8.0
+DOUBLED_WITHIN_S = 0.5
 RESTART_DRAIN_S = 2.0
 EVENTS_KEPT = 200
 LOG_TAIL_LINES = 8
@@ -132,6 +133,7 @@ class Supervisor:
         self._started_ms = 0
         self._is_stopping = False
         self._stop_asked = trio.Event()
+        self._stop_asked_at = 0.0
         self._now_asked = trio.Event()
 
     # --- what others see ---
@@ -170,9 +172,12 @@ class Supervisor:
         return self._leaderships[group].node
 
     def request_stop(self) -> None:
-        """Stop all in order; asked again: at once."""
-        if self._stop_asked.is_set():
+        """Stop all in order; asked again: at once. A launcher in between may double one Ctrl-C, which counts once."""
+        now = self._env.clock.monotonic()
+        if self._stop_asked.is_set() and now - self._stop_asked_at > DOUBLED_WITHIN_S:
             self._now_asked.set()
+        if not self._stop_asked.is_set():
+            self._stop_asked_at = now
         self._stop_asked.set()
 
     # --- life ---

@@ -14,6 +14,7 @@ import trio
 
 _SOCKET_PATH_BYTES_MAX = 100
 """`sun_path` holds 108 bytes on Linux and 104 on macOS."""
+_OWN_FOLDER_PREFIX = "quorate-socket-"
 
 
 def socket_path(folder: str, name: str) -> str:
@@ -21,16 +22,16 @@ def socket_path(folder: str, name: str) -> str:
     wanted = str(Path(folder, name))
     if len(wanted.encode()) <= _SOCKET_PATH_BYTES_MAX:
         return wanted
-    return str(Path(tempfile.mkdtemp(prefix="quorate-"), name))
+    return str(Path(tempfile.mkdtemp(prefix=_OWN_FOLDER_PREFIX), name))
 
 
-def remove_socket(path: str) -> None:
-    """Remove a Unix socket, and its folder where `socket_path` made one for it."""
+def _remove_socket(path: str, *, with_folder: bool) -> None:
+    """Remove a Unix socket, and at the end its folder where `socket_path` made one for it."""
     try:
         if Path(path).is_socket():
             Path(path).unlink()
         folder = Path(path).parent
-        if folder.name.startswith("quorate-") and not any(folder.iterdir()):
+        if with_folder and folder.name.startswith(_OWN_FOLDER_PREFIX) and not any(folder.iterdir()):
             folder.rmdir()
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
@@ -49,11 +50,15 @@ async def serve_local(
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer one JSON line per connection on a Unix socket that only this user may open, until cancelled."""
-    remove_socket(path)
+    _remove_socket(path, with_folder=False)
     listening = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    await listening.bind(path)
-    _restrict_to_this_user(path)
-    listening.listen(connections_max)
+    try:
+        await listening.bind(path)
+        _restrict_to_this_user(path)
+        listening.listen(connections_max)
+    except OSError:
+        listening.close()
+        raise
     limit = trio.CapacityLimiter(connections_max)
 
     async def converse(stream: trio.SocketStream) -> None:
@@ -72,7 +77,7 @@ async def serve_local(
             converse, [trio.SocketListener(listening)], task_status=_started_without_value(task_status)
         )
     finally:
-        remove_socket(path)
+        _remove_socket(path, with_folder=True)
 
 
 class _started_without_value:
