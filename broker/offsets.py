@@ -14,6 +14,8 @@ OffsetRow = list[Any]
 """[group, topic, queue id, offset], as it lies in the log."""
 
 DELTA_LIMIT: Final = 65_536
+ROWS_PER_ENTRY: Final = 4_096
+"""With the longest names these are 1.7 MB, well below what an entry may hold."""
 
 
 class OffsetTable:

@@ -26,7 +26,7 @@ from broker.delay import DelayProgress
 from broker.groups import GroupTable
 from broker.key_index import KeyIndex, topic_seed
 from broker.locks import LockRow, QueueLocks
-from broker.offsets import DELTA_LIMIT, OffsetRow, OffsetTable
+from broker.offsets import DELTA_LIMIT, ROWS_PER_ENTRY, OffsetRow, OffsetTable
 from broker.records import (
     HEAD_BYTES,
     MAGIC_V1,
@@ -75,6 +75,7 @@ class Staged:
         "covered",
         "dedup_keys",
         "hashes",
+        "is_orphan",
         "ops",
         "positions",
         "removed",
@@ -99,6 +100,8 @@ class Staged:
         self.ops: list[list[Any]] = []
         self.removed: list[list[QueueState]] = []
         """Per staged "topic_del": the queues it took out of the pending view."""
+        self.is_orphan = False
+        """Who waited for it has been told that the outcome is unknown; nobody is to wait for it any more."""
         self.covered = False
         """The tables already hold this entry (checkpoint); only the dedup window reads it again."""
 
@@ -552,6 +555,7 @@ class BrokerState:
 
     def orphan(self, staged: Staged) -> None:
         """Nobody knows whether this entry will be committed: say so. It stays staged."""
+        staged.is_orphan = True
         self._fail(staged, UNKNOWN)
 
     def _fail(self, staged: Staged, reason: str) -> None:
@@ -748,13 +752,25 @@ class BrokerState:
             self.after_in_flight(done)
             return
 
-        def logged(ok: bool, reason: str | None) -> None:
-            if not ok and reason == BUSY:
-                self.offsets.put_back(rows)
-            if done is not None:
-                done(ok, reason)
+        parts = [rows[at : at + ROWS_PER_ENTRY] for at in range(0, len(rows), ROWS_PER_ENTRY)]
+        failures: list[str | None] = []
+        waiting = len(parts)
 
-        self.propose_op(("offsets", rows), logged)
+        def propose(part: list[OffsetRow]) -> None:
+            def logged(ok: bool, reason: str | None) -> None:
+                nonlocal waiting
+                if not ok:
+                    failures.append(reason)
+                    if reason == BUSY:
+                        self.offsets.put_back(part)
+                waiting -= 1
+                if not waiting and done is not None:
+                    done(not failures, failures[0] if failures else None)
+
+            self.propose_op(("offsets", part), logged)
+
+        for part in parts:
+            propose(part)
 
     def after_in_flight(self, done: Done | None) -> None:
         """Call `done` when what is staged now is committed."""
@@ -763,9 +779,17 @@ class BrokerState:
         if not self.group.is_ready_leader:
             done(False, NOT_LEADER)
         elif self._in_flight:
-            self._in_flight[-1].callbacks.append(done)
+            self.wait_for(self._in_flight[-1], done)
         else:
             done(True, None)
+
+    @staticmethod
+    def wait_for(staged: Staged, done: Done) -> None:
+        """Call `done` with this entry's fate, at once where that is unknown already."""
+        if staged.is_orphan:
+            done(False, UNKNOWN)
+        else:
+            staged.callbacks.append(done)
 
     def update_offset(self, group: str, topic: str, queue_id: int, offset: int, done: Done) -> None:
         """A two-way update: `done` after its commit."""

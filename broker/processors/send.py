@@ -820,7 +820,7 @@ class SendProcessor:
             else:
                 conn.write(self._answers.failed(header.opaque, reason))
 
-        staged.callbacks.append(settled)
+        state.wait_for(staged, settled)
         return True
 
     # ----------------------------------------------------------------------------------------------------- send-back

@@ -557,6 +557,20 @@ def test_orphaned_sends_are_answered_1_and_may_still_commit(node: Node) -> None:
     assert node.send_now("T", b"m", "UNIQ_KEY\x01D\x02").ext["queueOffset"] == "0"
 
 
+def test_a_duplicate_of_an_orphaned_send_is_answered_at_once(node: Node) -> None:
+    """Whoever asks again about what is given up gets the same answer, not silence until it is committed or cut."""
+    with_topic(node, "T")
+    node.put("T", b"m", "UNIQ_KEY\x01K\x02")
+    node.group.seal()
+    node.group.orphan_all()
+    node.answers()
+    again = node.put("T", b"m", "UNIQ_KEY\x01K\x02")
+    node.group.seal()
+    assert node.answers()[again].code == 1
+    node.settle()
+    assert node.state.queues.max_offset("T", 0) == 1
+
+
 def test_read_only_broker_refuses_order_topics_only(node: Node) -> None:
     with_topic(node, "Ordered", order=True)
     with_topic(node, "Plain")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from broker.delay import DELAYS_MS, DelayService
+from broker.offsets import ROWS_PER_ENTRY
 from broker.tables import InvariantBroken, PendingTable
 from remoting.bodies import SubscriptionGroupConfig, TopicConfig
 from remoting.codes import SCHEDULE_TOPIC
@@ -440,6 +441,29 @@ def test_an_unlogged_offset_does_not_outlive_its_topic_or_group(node: Node, op: 
     node.settle()
     assert node.state.offsets.query("g", "T", 0) is None
     assert node.state.offsets.query("other", "U", 0) == 8
+
+
+def test_more_offsets_than_an_entry_holds_are_logged_in_several(node: Node) -> None:
+    group = "g" * 255
+    for number in range(3 * ROWS_PER_ENTRY):
+        node.state.offsets.update(group, "t" * 120 + str(number % 7), number, number)
+    done = Outcome()
+    node.state.log_offsets(done)
+    assert node.state.offsets.delta_size == 0
+    assert done.calls == []
+    node.settle()
+    assert done.calls == [(True, None)]
+    assert node.state.offsets.query(group, "t" * 120 + "1", 8_198) == 8_198
+
+
+def test_nobody_waits_for_an_entry_that_is_given_up(node: Node) -> None:
+    first, second = Outcome(), Outcome()
+    node.state.update_offset("g", "T", 0, 5, first)
+    node.group.orphan_all()
+    node.state.log_offsets(second)
+    assert first.calls == second.calls == [(False, "unknown")]
+    node.group.commit()
+    assert len(first.calls) == len(second.calls) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------- queue locks
