@@ -167,5 +167,11 @@ def differing(parts: Sequence[bytes]) -> int | None:
     """Index of the first byte in which they differ, None when they are the same."""
     if all(part == parts[0] for part in parts):
         return None
-    length = min(map(len, parts))
-    return next((i for i in range(length) if len({part[i] for part in parts}) > 1), length)
+    same, different = 0, min(map(len, parts)) + 1
+    while different - same > 1:
+        middle = (same + different) // 2
+        if all(part[same:middle] == parts[0][same:middle] for part in parts):
+            same = middle
+        else:
+            different = middle
+    return same
