@@ -66,7 +66,7 @@ ROWS = (
     Row("pull", "pull, 32 per request, messages", "/s", True, 1.0),
     Row("startup", "up to first acknowledged send", "s", False, 4.0, absolute=True, digits=2),
     Row("memory", "memory per broker, idle, unique set", "MB", False, 80.0, absolute=True),
-    Row("memory_loaded", "memory per broker right after load, unique set", "MB", False, 1.0),
+    Row("memory_loaded", "memory per broker right after load, without mapped files", "MB", False, 1.0),
     Row("idle", "idle CPU, all brokers together", "% of a core", False, 6.0, absolute=True, digits=1),
     Row(
         "failover",
@@ -268,7 +268,7 @@ class Comparison:
             if found is not None:
                 self._record("batch", system, found["per_second"], found)
         if "memory_loaded" in wanted:
-            memory = statistics.fmean(processes.unique_megabytes(pid) for pid in cluster.broker_pids)
+            memory = statistics.fmean(processes.anonymous_megabytes(pid) for pid in cluster.broker_pids)
             self.results.add("memory_loaded", system, memory)
 
     def _record(self, row: str, system: str, value: float, found: Mapping[str, Any]) -> None:

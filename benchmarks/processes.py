@@ -42,6 +42,12 @@ def unique_megabytes(pid: int) -> float:
     return kilobytes / 1024
 
 
+def anonymous_megabytes(pid: int) -> float:
+    """Memory of the process's own, without any pages of files that it maps."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return int(re.findall(r"^Anonymous:\s+(\d+) kB", text, re.MULTILINE)[0]) / 1024
+
+
 def alive(pid: int) -> bool:
     """True while the process exists and is no zombie."""
     try:
