@@ -85,6 +85,10 @@ class MemoryGroup:
         if nbytes > ENTRY_BYTES:
             raise TooLarge(f"{nbytes} bytes")
 
+    def add_records(self, records: Sequence[bytes]) -> None:
+        for record in records:
+            self.add_record(record)
+
     def add_record(self, record: bytes) -> None:
         self._parts.append(record)
         self._batch_end += len(record)

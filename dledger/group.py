@@ -62,6 +62,7 @@ class RaftGroup:
         Leader only. Raises NotLeader, Overloaded (nothing was logged) or TooLarge.
         """
         self.add_record: Callable[[bytes], None] = self._batch.add_record
+        self.add_records: Callable[[Sequence[bytes]], None] = self._batch.add_records
         """Put the reserved record into the open batch."""
         self._stopped = trio.Event()
         self._is_stopping = False

@@ -150,6 +150,15 @@ class OpenBatch:
         self._parts.append(record)
         self._end += nbytes
 
+    def add_records(self, records: Sequence[bytes]) -> None:
+        """Several records, together as long as what was reserved: they share an entry, whatever else is in it."""
+        nbytes = sum(map(len, records))
+        if nbytes != self._reserved:
+            raise ValueError(f"records of {nbytes} bytes where {self._reserved} were reserved")
+        self._reserved = -1
+        self._parts.extend(records)
+        self._end += nbytes
+
     def seal(self) -> None:
         """Make one entry of the open batch, if there is any record in it."""
         parts = self._parts

@@ -604,7 +604,7 @@ class SendProcessor:
     # ------------------------------------------------------------------------------------------------------- batches
 
     def _send_batch(self, header: SendHeader, body: bytes, config: TopicConfig, conn: Any) -> None:
-        """A client's batch: an entry of its own, so that it is stored as a whole or not at all."""
+        """A client's batch: all of it in one entry, so that it is stored as a whole or not at all."""
         try:
             messages = self._read_batch(body, len(config.topic_name.encode()))
         except BodyError as error:
@@ -628,70 +628,66 @@ class SendProcessor:
         born_host = host_to_bytes(*conn.peer)
         extra = V1_OVERHEAD_BYTES + len(topic) + (12 if len(born_host) != 8 else 0) + (0 if self._straight else 12)
         total = sum([len(message[1]) + len(message[2]) + extra for message in messages])
+        try:
+            physical = self._group.reserve(total)
+        except (NotLeader, Overloaded, TooLarge) as error:
+            self._refuse_by(error, header, conn)
+            return
+        staged = state.open_staged(physical)
+        queue = state.queues.pending_queue(topic, queue_id)
+        first_offset = queue_offset = queue.next_offset
+        seed = queue.index_seed
+        store_ms = staged.store_ms
+        reconsumed = header.reconsume_times
+        window = dedup.current if dedup.enabled and not reconsumed else None
+        units = staged.by_queue.setdefault(queue, [])
+        records: list[bytes] = []
         positions: list[int] = []
-        offsets: list[int] = []
-
-        def make(start: int, staged: Staged) -> list[bytes]:
-            queue = state.queues.pending_queue(topic, queue_id)
-            seed = queue.index_seed
-            store_ms = state.next_store_ms()
-            queue_offset = queue.next_offset
-            offsets.append(queue_offset)
-            reconsumed = header.reconsume_times
-            window = dedup.current if dedup.enabled and not reconsumed else None
-            units: list[bytes] = []
-            records: list[bytes] = []
-            for flag, message, properties, unique, body_crc, (tags_code, words, _is_ordinary) in messages:
-                record = encode_record(
-                    queue_id,
-                    flag,
-                    queue_offset,
-                    start,
-                    sys_flag,
-                    header.born_timestamp,
-                    born_host,
-                    store_ms,
-                    self._store_host,
-                    reconsumed,
-                    0,
-                    message,
-                    topic,
-                    properties,
-                )
-                queue_offset += 1
-                units.append(_pack_unit(start, len(record), tags_code))
-                staged.hashes.append(_crc32(unique, seed))
-                staged.positions.append(start)
-                for word in words:
-                    staged.hashes.append(_crc32(word, seed))
-                    staged.positions.append(start)
-                if window is not None:
-                    key = hash((topic, unique, body_crc))
-                    window[key] = start
-                    staged.dedup_keys.append(key)
-                positions.append(start)
-                records.append(record)
-                start += len(record)
-            queue.next_offset = queue_offset
-            staged.by_queue[queue] = units
-            staged.count = len(records)
-            staged.store_ms = store_ms
-            return records
+        for flag, message, properties, unique, body_crc, (tags_code, words, _is_ordinary) in messages:
+            record = encode_record(
+                queue_id,
+                flag,
+                queue_offset,
+                physical,
+                sys_flag,
+                header.born_timestamp,
+                born_host,
+                store_ms,
+                self._store_host,
+                reconsumed,
+                0,
+                message,
+                topic,
+                properties,
+            )
+            queue_offset += 1
+            units.append(_pack_unit(physical, len(record), tags_code))
+            staged.hashes.append(_crc32(unique, seed))
+            staged.positions.append(physical)
+            for word in words:
+                staged.hashes.append(_crc32(word, seed))
+                staged.positions.append(physical)
+            if window is not None:
+                key = hash((topic, unique, body_crc))
+                window[key] = physical
+                staged.dedup_keys.append(key)
+            positions.append(physical)
+            records.append(record)
+            physical += len(record)
+        queue.next_offset = queue_offset
+        staged.count += len(records)
+        self._group.add_records(records)
 
         def stored(ok: bool, reason: str | None) -> None:
-            if header.flag & FLAG_ONEWAY:
-                return
             state.touch(conn)
             if ok:
                 message_id = ",".join([self._answers.message_id(position) for position in positions])
-                conn.write(self._answers.stored(header.opaque, message_id, queue_id, offsets[0], ""))
+                conn.write(self._answers.stored(header.opaque, message_id, queue_id, first_offset, ""))
             else:
                 conn.write(self._answers.failed(header.opaque, reason))
 
-        try:
-            state.propose_records(make, total, (), stored)
-        except (NotLeader, Overloaded, TooLarge) as error:
-            self._refuse_by(error, header, conn)
+        if not header.flag & FLAG_ONEWAY:
+            staged.callbacks.append(stored)
 
     def _read_batch(self, body: bytes, topic_bytes: int) -> list[tuple[int, bytes, bytes, bytes, int, Facts]]:
         """(flag, body, properties as stored, UNIQ_KEY, body CRC, facts) of each message.

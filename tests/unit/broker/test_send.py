@@ -307,17 +307,26 @@ def test_a_batch_is_stored_as_ordinary_messages(node: Node) -> None:
     assert len({message.properties["UNIQ_KEY"] for message in messages}) == 3
 
 
-def test_a_batch_is_one_entry_and_goes_or_stays_as_a_whole(node: Node) -> None:
+def test_a_batch_that_does_not_fit_the_open_entry_begins_another(node: Node) -> None:
+    with_topic(node, "T")
+    before = len(node.group.entries)
+    node.put("T", b"x" * 150_000)
+    node.put("T", batch_body((b"y" * 75_000, ""), (b"z" * 75_000, "")), code=320, batch=True)
+    node.group.seal()
+    assert [entry.count for entry in node.group.entries[before:]] == [1, 2]
+
+
+def test_a_batch_is_in_one_entry_and_goes_or_stays_as_a_whole(node: Node) -> None:
     with_topic(node, "T")
     node.put("T", b"single")
     before = len(node.group.entries)
     items = [(bytes([65 + n]) * 100, "") for n in range(50)]
     opaque = node.put("T", batch_body(*items), code=320, batch=True)
     node.group.seal()
-    assert [entry.count for entry in node.group.entries[before:]] == [1, 50]
+    assert [entry.count for entry in node.group.entries[before:]] == [51], "small batches share an entry with others"
     node.group.cut(1)
     assert node.answers()[opaque].code == 14
-    assert node.state.queues.pending_queue(b"T", 0).next_offset == 1
+    assert node.state.queues.pending_queue(b"T", 0).next_offset == 0
 
 
 def test_a_batch_of_too_many_small_messages_is_refused_without_reading_all_of_it(

@@ -500,3 +500,13 @@ async def test_power_loss_under_async_flush_makes_a_node_recover_first(tmp_path:
         await toy.level()
         await wait_until(lambda: not follower.running.statistics().recovering, what="the leader's confirmation")
         assert_identical(toy)
+
+
+async def test_records_added_together_must_fill_what_was_reserved(tmp_path: Path) -> None:
+    async with cluster(tmp_path, 1) as toy:
+        group = toy.nodes["n0"].running
+        await toy.put(b"one")
+        start = group.reserve(8)
+        with pytest.raises(ValueError, match="records of 9 bytes where 8 were reserved"):
+            group.add_records([b"abcde", b"wxyz"])
+        assert group.reserve(8) == start, "nothing was taken"
