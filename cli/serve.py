@@ -18,6 +18,7 @@ from runtime.logs import configure_logging, get_logger
 from runtime.model import Env
 from runtime.processes import EventWriter, absolute_path, die_with_parent, exit_now, is_orphan
 from runtime.real import real_env
+from runtime.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from broker.config import BrokerConfig
@@ -157,6 +158,12 @@ def _first_sentence(group: BaseExceptionGroup[BaseException]) -> str:
 
 async def _run(env: Env, assignment: Assignment) -> None:
     service = _service(env, assignment)
+    watchdog = Watchdog(get_logger("loop", node=assignment.node.name))
+    with watchdog.watch():
+        await _run_all(env, assignment, service)
+
+
+async def _run_all(env: Env, assignment: Assignment, service: Service) -> None:
     async with trio.open_nursery() as nursery:
         await nursery.start(_obey_signals, service, assignment)
         await nursery.start(_run_service, service, nursery.cancel_scope)
