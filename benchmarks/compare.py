@@ -17,14 +17,16 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from attrs import asdict, define, field, frozen
 
-from benchmarks import losses, processes
+from benchmarks import losses, page_cache, processes
 from benchmarks.apache import HEAP, ApacheCluster, ToolMissing
 from benchmarks.clusters import Cluster
 from benchmarks.ours import QuorateCluster
@@ -138,6 +140,7 @@ class Comparison:
     :param rows: keys of the rows wanted
     :param seconds: length of each stretch of load
     :param warm_seconds: load on each Apache cluster before its first measurement
+    :param data: folder for the clusters' data, which the caller removes
     """
 
     rows: frozenset[str]
@@ -147,8 +150,9 @@ class Comparison:
     warm_seconds: float
     idle_seconds: float
     kill_messages: int
-    data: Path | None
+    data: Path
     ours_options: Sequence[str]
+    fills_page_cache: bool = True
     results: Results = field(factory=Results)
     load_before: float = field(factory=lambda: os.getloadavg()[0])
 
@@ -158,19 +162,30 @@ class Comparison:
             self.results.note(f"the machine was not quiet: load average {self.load_before:.1f} before the run")
         kept: dict[str, ApacheCluster] = {}
         try:
-            self._cold_stage(kept)
-            if self.rows & _LOAD_ROWS:
-                self._load_stage(kept)
-            if self.rows & _KILL_ROWS:
-                self._kill_stage(kept)
+            with self._page_cache():
+                self._cold_stage(kept)
+                if self.rows & _LOAD_ROWS:
+                    self._load_stage(kept)
+                if self.rows & _KILL_ROWS:
+                    self._kill_stage(kept)
         finally:
             for cluster in kept.values():
                 cluster.stop()
         return self.results
 
+    @contextmanager
+    def _page_cache(self) -> Iterator[None]:
+        if not self.fills_page_cache or not self.rows & _LOAD_ROWS:
+            yield
+            return
+        with page_cache.filled(self.data) as size:
+            say(f"page cache filled with {size / 2**30:.1f} GiB")
+            yield
+
     def _make(self, system: str) -> Cluster:
         if system == OURS:
-            return QuorateCluster(data=self.data, options=self.ours_options)
+            # Removing its data would give the memory of those pages back to the host, and the next slot would pay.
+            return QuorateCluster(data=self.data, options=self.ours_options, keeps_data=True)
         return ApacheCluster(system, data=self.data)
 
     def _start(self, system: str, cluster: Cluster) -> None:
@@ -411,6 +426,7 @@ def document(comparison: Comparison) -> dict[str, Any]:
             "seconds": comparison.seconds,
             "warm_seconds": comparison.warm_seconds,
             "apache_heap": HEAP,
+            "page_cache_filled": comparison.fills_page_cache,
         },
         "rows": rows,
         "notes": results.notes,
@@ -500,27 +516,30 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON there")
     parser.add_argument("--data", type=Path, help="folder for the clusters' temporary data")
     parser.add_argument("--up-option", action="append", default=[], help="one more word for our `quorate up`")
+    parser.add_argument("--leave-page-cache", action="store_true", help="do not fill the page cache first")
     given = parser.parse_args()
     keys = [row.key for row in ROWS]
     rows = _chosen(given.only, keys, parser) or keys
-    comparison = Comparison(
-        rows=frozenset(rows),
-        systems=_chosen(given.systems, SYSTEMS, parser),
-        rounds=1 if given.quick else given.rounds,
-        seconds=2.0 if given.quick else given.seconds,
-        warm_seconds=8.0 if given.quick else given.warm,
-        idle_seconds=4.0 if given.quick else 15.0,
-        kill_messages=800 if given.quick else losses.MESSAGES,
-        data=given.data,
-        ours_options=given.up_option,
-    )
     # So that a SIGTERM, too, ends the clusters and removes their data.
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(143))
-    try:
-        comparison.run()
-    except ToolMissing as error:
-        print(str(error), file=sys.stderr)
-        sys.exit(2)
+    with tempfile.TemporaryDirectory(prefix="quorate-compare-", dir=given.data) as data:
+        comparison = Comparison(
+            rows=frozenset(rows),
+            systems=_chosen(given.systems, SYSTEMS, parser),
+            rounds=1 if given.quick else given.rounds,
+            seconds=2.0 if given.quick else given.seconds,
+            warm_seconds=8.0 if given.quick else given.warm,
+            idle_seconds=4.0 if given.quick else 15.0,
+            kill_messages=800 if given.quick else losses.MESSAGES,
+            data=Path(data),
+            ours_options=given.up_option,
+            fills_page_cache=not (given.quick or given.leave_page_cache),
+        )
+        try:
+            comparison.run()
+        except ToolMissing as error:
+            print(str(error), file=sys.stderr)
+            sys.exit(2)
     found = document(comparison)
     if given.out is not None:
         given.out.write_text(json.dumps(found, indent=1) + "\n")

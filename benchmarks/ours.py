@@ -30,6 +30,7 @@ class QuorateCluster(Cluster):
     :param port_base: first of 100 free ports
     :param data: folder to make the temporary data folder in
     :param options: more words for ``quorate up``
+    :param keeps_data: leave the data folder in place when stopped
     """
 
     title = "Quorate"
@@ -37,10 +38,18 @@ class QuorateCluster(Cluster):
     replicas = 3
     log_copies = 3
 
-    def __init__(self, port_base: int | None = None, data: Path | None = None, options: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        port_base: int | None = None,
+        data: Path | None = None,
+        options: Sequence[str] = (),
+        *,
+        keeps_data: bool = False,
+    ) -> None:
         self._base = port_base
         self._parent = data
         self._options = list(options)
+        self._keeps_data = keeps_data
         self._folder: Path | None = None
         self._namesrv = ""
         self._pids: list[int] = []
@@ -71,7 +80,7 @@ class QuorateCluster(Cluster):
         self._pids = [node["pid"] for node in answer["nodes"]]
 
     def stop(self) -> None:
-        """End every process and remove the data. May be called twice."""
+        """End every process and remove the data, unless it is to be kept. May be called twice."""
         folder = self._folder
         if folder is None:
             return
@@ -83,7 +92,8 @@ class QuorateCluster(Cluster):
         for pid in pids:
             if not processes.wait_gone(pid, 5.0):
                 processes.signal_all([pid], signal.SIGKILL)
-        shutil.rmtree(folder, ignore_errors=True)
+        if not self._keeps_data:
+            shutil.rmtree(folder, ignore_errors=True)
         self._folder = None
 
     def restart(self, name: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from benchmarks import compare
 
 
@@ -14,7 +16,7 @@ def measured(values, generator=0.1):
         warm_seconds=1.0,
         idle_seconds=1.0,
         kill_messages=1,
-        data=None,
+        data=Path(),
         ours_options=(),
     )
     for row, by_system in values.items():
