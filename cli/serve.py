@@ -15,6 +15,7 @@ from cli.target import config_option, data_option, load_config
 from cluster.config import Address, ClusterConfig, ConfigError, Node, with_groups, with_port_base
 from cluster.layout import Layout, UpRefused, read_identity
 from runtime.logs import configure_logging, get_logger
+from runtime.memory import keep_freed_memory
 from runtime.model import Env
 from runtime.processes import EventWriter, absolute_path, die_with_parent, exit_now, is_orphan
 from runtime.real import real_env
@@ -86,6 +87,7 @@ def serve(
     """
     if supervisor_pid is not None:
         die_with_parent(supervisor_pid)
+    keep_freed_memory()
     env = real_env()
     cluster_uuid = None
     try:

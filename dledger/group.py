@@ -33,8 +33,9 @@ from runtime.model import Env, Listener
 __all__ = ["EntryView", "GroupStatistics", "NotLeader", "Overloaded", "RaftGroup", "Role", "StateMachine", "TooLarge"]
 
 REPLAY_BYTES = 1024 * 1024
-HOT_BYTES = 64 * 1024 * 1024
-"""The end of the log that is taken to be in the page cache."""
+HOT_BYTES_MIN = 64 * 1024 * 1024
+HOT_MEMORY_SHARE = 16
+"""The end of the log that is taken to be in the page cache: this part of the machine's memory."""
 BODY_OFFSET = HEADER_BYTES
 """From an entry's position to the physical offset of the first byte of its body."""
 
@@ -52,6 +53,7 @@ class RaftGroup:
         self.group_uuid = config.group_uuid
         """Identity of the group, 32 hex digits; final once `run` has started."""
         self._env = env
+        self._hot_bytes = max(HOT_BYTES_MIN, env.ids.memory_bytes // HOT_MEMORY_SHARE)
         self._log = log.bind(group=config.group, node=config.node_id)
         self._listener = listener
         self._driver: Driver | None = None
@@ -374,7 +376,7 @@ class RaftGroup:
 
     def is_hot(self, physical_offset: int) -> bool:
         """Whether `read` there is sure to find the bytes in memory."""
-        return self.end_position - physical_offset <= HOT_BYTES
+        return self.end_position - physical_offset <= self._hot_bytes
 
     # Other duties.
 

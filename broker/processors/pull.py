@@ -264,8 +264,10 @@ class PullProcessor:
             return
         ranges.append((start, end))
         # The end of the log is mapped and in memory; what lies before it may not be, and a page fault stops the loop.
-        read = self._group.read if self._group.is_hot(position) else self._group.read_cached
-        parts = _gather(read, ranges, total)
+        if self._group.is_hot(position):
+            parts = _gather(self._group.read, ranges, total, ranges[-1][1] - ranges[0][0])
+        else:
+            parts = _gather(self._group.read_cached, ranges, total, 4 * total + RANGE_WORTH_ITS_OWN_WRITE)
         if parts is not None:
             self._write_found(header, conn, parts, count, total, next_begin, low, high)
             return
@@ -326,16 +328,22 @@ class PullProcessor:
             conn.flush()
 
 
-def _gather(read: Callable[[int, int], Buffer | None], ranges: Ranges, total: int) -> Sequence[Buffer] | None:
-    """The bytes of the ranges; None where `read` does not have them all."""
+def _gather(
+    read: Callable[[int, int], Buffer | None], ranges: Ranges, total: int, span_max: int
+) -> Sequence[Buffer] | None:
+    """The bytes of the ranges; None where `read` does not have them all.
+
+    Up to `span_max` bytes are looked at in one go, with the messages of other queues in between: a view costs nothing,
+    a copy costs by its length.
+    """
     if len(ranges) == 1:
         start, end = ranges[0]
         only = read(start, end - start)
         return None if only is None else [only]
     parts: list[Buffer] = []
     first, last = ranges[0][0], ranges[-1][1]
-    if first < last and last - first <= 4 * total + RANGE_WORTH_ITS_OWN_WRITE:
-        # One look at the log for all of them; fails only where a segment ends in between.
+    if first < last and last - first <= span_max:
+        # Fails only where a segment ends in between.
         span = read(first, last - first)
         if span is not None:
             view = memoryview(span)

@@ -483,7 +483,7 @@ async def test_failed_sync_ends_the_node_and_not_the_group(tmp_path: Path, monke
 
 async def test_power_loss_under_async_flush_makes_a_node_recover_first(tmp_path: Path) -> None:
     class OtherBoot:
-        host, pid, boot_id = "h", 1, "another boot"
+        host, pid, boot_id, memory_bytes = "h", 1, "another boot", 1 << 34
 
         def salt(self, nbytes: int) -> bytes:
             return bytes(nbytes)
