@@ -147,8 +147,9 @@ class Client:
         try:
             stream = await self._env.net.dial(host, port, timeout=max(0.001, deadline - now))
         except (OSError, trio.TooSlowError) as error:
-            reason = "no answer in time" if isinstance(error, trio.TooSlowError) else str(error)
-            slot.failure = f"cannot connect to {address}: {reason}"
+            # `dial` names the address in its own sentence.
+            said = None if isinstance(error, trio.TooSlowError) else error.strerror
+            slot.failure = said or f"cannot connect to {address}: no answer in time"
             slot.failed_at = clock.monotonic()
             slot.pause_s = min(self._backoff_max_s, max(self._backoff_min_s, slot.pause_s * 2))
             raise ConnectFailed(slot.failure) from error

@@ -192,12 +192,17 @@ class TcpNet:
     async def dial(self, host: str, port: int, *, timeout: float = 3.0) -> Stream:
         """Connect, trying each address of `host` in turn; `timeout` in seconds for all of it together.
 
-        Raises ConnectionRefusedError where nobody listens, another OSError naming host:port, or trio.TooSlowError.
+        Raises ConnectionRefusedError where nobody listens, another OSError, or trio.TooSlowError. The OSError's strerror
+        is a sentence that names host:port.
         Checkpoint, cancel-safe.
         """
         problem: OSError | None = None
         with trio.fail_after(timeout):
-            for family, address in await _resolve(host, port):
+            try:
+                found = await _resolve(host, port)
+            except OSError as error:
+                found, problem = [], error
+            for family, address in found:
                 try:
                     return await self._connect(family, address)
                 except OSError as error:

@@ -153,6 +153,7 @@ async def test_failed_dials_back_off_and_success_resets_them() -> None:
     async with open_client(env, log=RecordingLog(), backoff_min_s=5.0, backoff_max_s=5.0) as client:
         with pytest.raises(ConnectFailed) as first:
             await client.connect(f"127.0.0.1:{port}")
+        assert str(first.value) == f"cannot connect to 127.0.0.1:{port}: Connection refused"
         listener = await env.net.listen("127.0.0.1", port)
         with pytest.raises(ConnectFailed) as second:
             await client.connect(f"127.0.0.1:{port}")

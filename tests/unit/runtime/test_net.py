@@ -155,6 +155,13 @@ async def test_nobody_listening_is_told_apart(net: ClosingNet) -> None:
         await net.dial(host, port)
 
 
+async def test_a_name_nobody_knows_is_a_sentence_with_the_name(net: ClosingNet) -> None:
+    unknown = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    with mock.patch("socket.getaddrinfo", side_effect=unknown), pytest.raises(OSError) as caught:
+        await net.dial("no.such.host", 9876)
+    assert caught.value.strerror == "cannot connect to no.such.host:9876: Name or service not known"
+
+
 async def never(_socket: socket.socket) -> None:
     await trio.sleep_forever()
 
