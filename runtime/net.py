@@ -192,9 +192,8 @@ class TcpNet:
     async def dial(self, host: str, port: int, *, timeout: float = 3.0) -> Stream:
         """Connect, trying each address of `host` in turn; `timeout` in seconds for all of it together.
 
-        Raises ConnectionRefusedError where nobody listens, another OSError, or trio.TooSlowError. The OSError's strerror
-        is a sentence that names host:port.
-        Checkpoint, cancel-safe.
+        Raises ConnectionRefusedError where nobody listens, another OSError, or trio.TooSlowError. An OSError's
+        strerror is a sentence that names host:port. Checkpoint, cancel-safe.
         """
         problem: OSError | None = None
         with trio.fail_after(timeout):
