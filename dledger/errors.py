@@ -41,3 +41,9 @@ class StoreFailed(LedgerError):
 
 class CoreStopped(LedgerError):
     """The Raft core found a promise broken and takes no further part."""
+
+
+class Reopen(LedgerError):
+    """The log on disk has to be opened anew: damage was found in it, or segments were installed. The driver ends with
+    this, and the group recovers, repairs and serves again without the process ending.
+    """
