@@ -59,8 +59,23 @@ class CountingMachine:
     def turn_done(self) -> None:
         return
 
-    def restore(self, checkpoint: bytes | None) -> int:
+    def restore(self, checkpoint: bytes | None, *, first_index: int, first_position: int) -> int:
         return 0
+
+    def stopped(self) -> None:
+        return
+
+    def trim(self, first_position: int) -> None:
+        return
+
+    def trim_floor(self) -> int:
+        return 0
+
+    def store_time_ms(self, entry: EntryView) -> int | None:
+        return None
+
+    def checkpoint_soon(self) -> None:
+        return
 
 
 class FollowingMachine(CountingMachine):

@@ -837,7 +837,7 @@ class BrokerState:
 
     # -------------------------------------------------------------------------------------- checkpoint, start, service
 
-    def restore(self, checkpoint: bytes | None) -> int:
+    def restore(self, checkpoint: bytes | None, *, first_index: int = 1, first_position: int = 0) -> int:
         """Before replay: load the tables, cut queues and index to what they cover. Returns the entry to replay from.
 
         That is not the covered entry itself but the one before the dedup window: entries in between are only read for

@@ -48,6 +48,29 @@ class GroupConfig:
     waiting_records_max: int = 10_000
     orphan_after_ms: int = 2500
     """How long a proposal may wait for its quorum before its senders are told "outcome unknown"."""
+    join: bool = False
+    """Format an empty folder as that of a blank node: it neither votes nor campaigns before a leader has filled it."""
+    priorities: Mapping[str, int] = field(factory=dict)
+    """Which members should rather lead: higher is preferred. Never a reason for an election."""
+    retention_hours: float = 72.0
+    """How old a segment gets before it may go."""
+    delete_hour: int = 4
+    """Local hour of the day at which segments that are old enough go; -1: at any time."""
+    retention_bytes: int | None = None
+    """How large the log gets before its oldest segments go, whatever their age; None: no limit."""
+    disk_watermarks: tuple[float, float, float] = (0.75, 0.85, 0.90)
+    """Used shares of the disk: from the first on, what is old enough goes at any hour; from the second on, the oldest
+    segments go whatever their age; from the third on, clients' proposals are refused."""
+    scrub_bytes_per_second: int = 8 * 1024 * 1024
+    """How fast closed segments are read again in search of damage; 0: never."""
+    fetch_bytes_per_second: int = 50_000_000
+    """How fast this node gives segments to a peer that needs them."""
+    warm: bool = False
+    """Touch the pages of a new segment before it is written to."""
+    mlock: bool = False
+    """Keep the segment that is written to in memory."""
+    advise: bool = True
+    """Tell the system which segments are read in order, and which are not read any more."""
 
     def __attrs_post_init__(self) -> None:
         if self.node_id not in self.peers:
@@ -59,6 +82,17 @@ class GroupConfig:
             raise ValueError("segment_bytes must be a multiple of 4096 and at least 65536")
         if self.flush not in ("async", "sync"):
             raise ValueError('flush must be "async" or "sync"')
+        if self.join and self.format_if_empty:
+            raise ValueError("a folder is formatted for a new group, or for a node that joins one, not both")
+        if not -1 <= self.delete_hour <= 23:
+            raise ValueError("delete_hour must be an hour of the day, or -1")
+        if self.retention_hours <= 0 or (self.retention_bytes is not None and self.retention_bytes <= 0):
+            raise ValueError("retention must be above 0")
+        early, forced, refuse = self.disk_watermarks
+        if not 0 < early <= forced <= refuse <= 1:
+            raise ValueError("disk_watermarks must be three shares of the disk, none smaller than the one before")
+        if self.scrub_bytes_per_second < 0 or self.fetch_bytes_per_second <= 0:
+            raise ValueError("scrub_bytes_per_second must not be below 0, fetch_bytes_per_second above it")
         self.raft_config()
 
     @property

@@ -214,7 +214,7 @@ class RaftGroup:
             self._env.files.unlink(f"{self.config.data_dir}/{CHECKPOINT_FILE}")
             covers, blob = 0, None
         # Where the machine wants to read from may lie before what its tables cover (a dedup window is read again).
-        covered = machine.restore(blob)
+        covered = machine.restore(blob, first_index=store.first_index, first_position=store.first_position)
         if covers + 1 < store.first_index:
             raise LogDamaged(f"the log begins at entry {store.first_index}, but tables are known only up to {covers}")
         covered = max(covered, store.first_index - 1)

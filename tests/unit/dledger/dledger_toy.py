@@ -32,6 +32,11 @@ class ToyMachine:
         self.messages: list[tuple[str, bytes]] = []
         self.turns = 0
         self.restored: list[bytes | None] = []
+        self.begins: list[tuple[int, int]] = []
+        self.trims: list[int] = []
+        self.floor = 1 << 62
+        self.checkpoints_wanted = 0
+        self.stops = 0
         self.covers = 0
         self.group: RaftGroup | None = None
         self.busy: Callable[[], None] | None = None
@@ -78,9 +83,13 @@ class ToyMachine:
     def turn_done(self) -> None:
         self.turns += 1
 
-    def restore(self, checkpoint: bytes | None) -> int:
+    def restore(self, checkpoint: bytes | None, *, first_index: int, first_position: int) -> int:
         self.restored.append(checkpoint)
+        self.begins.append((first_index, first_position))
         self.applied.clear()
+        self.pending.clear()
+        self.ops.clear()
+        self.trims.clear()
         if checkpoint is None:
             self.covers = 0
             return 0
@@ -88,6 +97,23 @@ class ToyMachine:
         body = checkpoint[8:]
         self.applied = [body[at : at + RECORD_BYTES] for at in range(0, len(body), RECORD_BYTES)]
         return self.covers
+
+    def stopped(self) -> None:
+        self.stops += 1
+
+    def trim(self, first_position: int) -> None:
+        self.trims.append(first_position)
+
+    def trim_floor(self) -> int:
+        return self.floor
+
+    def store_time_ms(self, entry: EntryView) -> int | None:
+        """Records that begin with 13 digits tell when they were stored."""
+        digits = bytes(entry.body[:13])
+        return int(digits) if digits.isdigit() else None
+
+    def checkpoint_soon(self) -> None:
+        self.checkpoints_wanted += 1
 
     def checkpoint(self) -> tuple[int, bytes]:
         index = self.entries[-1][0]
