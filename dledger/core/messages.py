@@ -81,6 +81,20 @@ class AppendReply(msgspec.Struct, frozen=True):
     durable: int
     hint_index: int = 0
     hint_term: int = 0
+    disk_ok: bool = True
+    """Leadership is not handed to a node whose disk is full or stalled."""
+
+
+class SegmentsOffer(msgspec.Struct, frozen=True):
+    """In place of an Append, to a peer that ends before the leader's `first_index`: fetch whole segments.
+
+    Counts as hearing the leader. Answered as an Append with that `seq` whose predecessor did not match.
+    """
+
+    term: int
+    seq: int
+    first_index: int
+    commit: int
 
 
 class TimeoutNow(msgspec.Struct, frozen=True):
@@ -90,4 +104,4 @@ class TimeoutNow(msgspec.Struct, frozen=True):
     ticket: int
 
 
-Message = PreVote | PreVoteReply | Vote | VoteReply | Append | AppendReply | TimeoutNow
+Message = PreVote | PreVoteReply | Vote | VoteReply | Append | AppendReply | SegmentsOffer | TimeoutNow
