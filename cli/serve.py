@@ -18,7 +18,7 @@ from runtime.logs import configure_logging, get_logger
 from runtime.memory import keep_freed_memory
 from runtime.model import Env
 from runtime.processes import EventWriter, absolute_path, die_with_parent, exit_now, is_orphan
-from runtime.real import real_env
+from runtime.real import fault_plan, real_env
 from runtime.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -88,7 +88,10 @@ def serve(
     if supervisor_pid is not None:
         die_with_parent(supervisor_pid)
     keep_freed_memory()
-    env = real_env()
+    try:
+        env = real_env()
+    except OSError as error:  # a fault plan that cannot be used
+        raise Failure(str(error), USAGE) from None
     cluster_uuid = None
     try:
         if supervisor_pid is not None and data_path is not None:
@@ -132,6 +135,8 @@ def _serve(env: Env, assignment: Assignment) -> str | None:
     except OSError as error:
         return f"cannot write to {assignment.layout.data} ({error.strerror}); choose another folder with --data DIR"
     log = get_logger("serve", node=assignment.node.name)
+    if fault_plan() is not None:
+        log.warning("fault layer active: this node's disk misbehaves as planned", plan=fault_plan())
     reason: str | None = None
     try:
         trio.run(_run, env, assignment)

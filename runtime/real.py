@@ -20,15 +20,16 @@ from runtime.net import TcpNet
 
 T = TypeVar("T")
 
+FAULTS_VARIABLE = "QUORATE_FAULTS"
 _WORKERS = 2
 
 
 class RealIds:
     """`runtime.model.Ids` of this process and machine."""
 
-    def __init__(self) -> None:
+    def __init__(self, boot_id: str | None = None) -> None:
         self._host = socket.gethostname()
-        self._boot_id = _read_boot_id()
+        self._boot_id = _read_boot_id() if boot_id is None else boot_id
 
     def salt(self, nbytes: int) -> bytes:
         """Unpredictable bytes."""
@@ -76,13 +77,27 @@ def _fresh_rng(name: str) -> random.Random:
     return random.Random(secrets.randbits(128))
 
 
+def fault_plan() -> str | None:
+    """Path of the plan of disk faults that this process was started with, if it was: see `runtime.faults`."""
+    return os.environ.get(FAULTS_VARIABLE) or None
+
+
 def real_env(rng: Callable[[str], random.Random] = _fresh_rng) -> Env:
-    """The environment of a real node. One per trio loop: its streams share a receive buffer."""
+    """The environment of a real node. One per trio loop: its streams share a receive buffer.
+
+    Raises OSError where a fault plan is named (`QUORATE_FAULTS`) and cannot be used.
+    """
+    files, boot_id = RealFiles(), None
+    if (plan := fault_plan()) is not None:
+        from runtime.faults import FaultyFiles
+
+        files = faulty = FaultyFiles(plan)
+        boot_id = faulty.boot_id
     return Env(
         clock=RealClock(),
         rng=rng,
-        ids=RealIds(),
-        files=RealFiles(),
+        ids=RealIds(boot_id),
+        files=files,
         net=TcpNet(),
         run_in_thread=_Workers().run,
     )
