@@ -22,8 +22,9 @@ from dledger.errors import CoreStopped, FormatError, LedgerError, LogDamaged, No
 from dledger.machine import EntryView, GroupStatistics, StateMachine
 from dledger.open_batch import OpenBatch
 from dledger.peers import Peers
-from dledger.store.checkpoint import read_checkpoint, write_checkpoint
-from dledger.store.format import CHECKPOINT_FILE, FORMAT_FILE, Format, check_format, read_format
+from dledger.store.checkpoint import drop_checkpoints, read_checkpoint, write_checkpoint
+from dledger.store.faults import refuse_faults
+from dledger.store.format import FORMAT_FILE, Format, check_format, read_format
 from dledger.store.log_store import LogStore, format_folder, is_blank
 from dledger.store.meta import MetaFile, boot_tag
 from dledger.store.recovery import RecoveredLog
@@ -94,6 +95,7 @@ class RaftGroup:
             try:
                 store, recovered = await LogStore.open(env, folder, identity.segment_bytes, meta)
                 try:
+                    refuse_faults(recovered.faults)
                     await self._serve(store, recovered, meta, identity, task_status)
                 finally:
                     store.abandon()
@@ -207,12 +209,13 @@ class RaftGroup:
         """Bring the machine to what is known to be committed; stage, but do not apply, what lies behind."""
         machine = self.machine
         checkpoint = read_checkpoint(self._env.files, self.config.data_dir)
-        covers, blob = checkpoint if checkpoint is not None else (0, None)
+        covers, blob = (checkpoint.index, checkpoint.blob) if checkpoint is not None else (0, None)
         if covers > store.last_index:
             self._log.warning("checkpoint lies behind the end of the log", covers=covers, last_index=store.last_index)
             # Nor may it count once the log has grown past it again, maybe with other entries (async power losses).
-            self._env.files.unlink(f"{self.config.data_dir}/{CHECKPOINT_FILE}")
-            covers, blob = 0, None
+            drop_checkpoints(self._env.files, self.config.data_dir, above=store.last_index)
+            older = read_checkpoint(self._env.files, self.config.data_dir)
+            covers, blob = (older.index, older.blob) if older is not None else (0, None)
         # Where the machine wants to read from may lie before what its tables cover (a dedup window is read again).
         covered = machine.restore(blob, first_index=store.first_index, first_position=store.first_position)
         if covers + 1 < store.first_index:

@@ -6,6 +6,7 @@ threads of its own, so that slow look-ups elsewhere never hold up a sync (design
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -22,6 +23,18 @@ _PARTS_PER_CALL = 1024  # IOV_MAX on Linux and macOS
 _ZEROS = 1 << 20
 _RWF_NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)
 _NOT_SUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_ADVICE: dict[str, int] = {
+    kind: getattr(os, name)
+    for kind, name in (
+        ("normal", "POSIX_FADV_NORMAL"),
+        ("sequential", "POSIX_FADV_SEQUENTIAL"),
+        ("random", "POSIX_FADV_RANDOM"),
+        ("willneed", "POSIX_FADV_WILLNEED"),
+        ("dontneed", "POSIX_FADV_DONTNEED"),
+    )
+    if hasattr(os, name)
+}
 
 
 class Locked(OSError):
@@ -51,7 +64,7 @@ def _data_sync(descriptor: int) -> None:
 class RealFile:
     """`runtime.model.File` over one descriptor. After `close` every call raises OSError (EBADF)."""
 
-    __slots__ = ("_descriptor", "_nowait_flag", "_path", "_readers", "_sync_limiter")
+    __slots__ = ("_descriptor", "_locked", "_nowait_flag", "_path", "_readers", "_sync_limiter")
 
     def __init__(
         self, path: str, descriptor: int, sync_limiter: trio.CapacityLimiter, readers: trio.CapacityLimiter
@@ -61,6 +74,7 @@ class RealFile:
         self._sync_limiter = sync_limiter
         self._readers = readers
         self._nowait_flag = _RWF_NOWAIT
+        self._locked: tuple[int, int] | None = None
 
     @property
     def path(self) -> str:
@@ -162,8 +176,53 @@ class RealFile:
             return memoryview(b"")
         return memoryview(mmap.mmap(self._descriptor, nbytes, prot=mmap.PROT_READ))
 
+    def advise(self, kind: str, offset: int = 0, nbytes: int = 0) -> None:
+        """A hint to the page cache; see `runtime.model.File`. Nothing where the system does not know it."""
+        advice = _ADVICE.get(kind)
+        if advice is None:
+            return
+        try:
+            os.posix_fadvise(self._descriptor, offset, nbytes, advice)
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+
+    def lock_pages(self) -> bool:
+        """Map the file and mlock the map. False where that is not possible (RLIMIT_MEMLOCK, another system)."""
+        if self._locked is not None:
+            return True
+        nbytes = self.size()
+        libc = ctypes.CDLL(None, use_errno=True)
+        if nbytes == 0 or not hasattr(libc, "mlock"):
+            return False
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_size_t,
+            ctypes.c_int,
+            ctypes.c_int,
+            ctypes.c_int,
+            ctypes.c_long,
+        ]
+        libc.mlock.argtypes = libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        address = libc.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, self._descriptor, 0)
+        if address is None or address == _MAP_FAILED:
+            return False
+        if libc.mlock(address, nbytes):
+            libc.munmap(address, nbytes)
+            return False
+        self._locked = (address, nbytes)
+        return True
+
+    def unlock_pages(self) -> None:
+        """Unmapping unlocks."""
+        locked, self._locked = self._locked, None
+        if locked is not None:
+            ctypes.CDLL(None).munmap(ctypes.c_void_p(locked[0]), ctypes.c_size_t(locked[1]))
+
     def close(self) -> None:
         """May be called twice."""
+        self.unlock_pages()
         descriptor, self._descriptor = self._descriptor, -1  # its number may soon be another file's
         if descriptor >= 0:
             os.close(descriptor)

@@ -98,6 +98,16 @@ class File(Protocol):
     def map(self) -> memoryview:
         """Read-only view of the whole file at its present size. The file's length must not change afterwards."""
 
+    def advise(self, kind: str, offset: int = 0, nbytes: int = 0) -> None:
+        """Tell the system what comes: "normal", "sequential", "random", "willneed", "dontneed" (drop clean pages from
+        the page cache). `nbytes` 0 means to the end. A hint: systems without it do nothing."""
+
+    def lock_pages(self) -> bool:
+        """Keep the file's pages in memory until `close`. False where the system or a limit does not allow it."""
+
+    def unlock_pages(self) -> None:
+        """Undo `lock_pages`; nothing to do without it."""
+
     def close(self) -> None: ...
 
 

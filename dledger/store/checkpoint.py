@@ -1,42 +1,116 @@
-"""The state machine's tables as of one entry, so that a start need not replay the whole log."""
+"""The state machine's tables as of one entry, so that a start need not replay the whole log.
+
+The last two are kept: a damaged one costs a longer replay, not the tables. Beside the tables stands the CONFIG entry in
+force at that entry, because the log that held it may be trimmed.
+
+Version 2, little endian: magic u32 | version u16 | u16 | index u64 | blob length u64 | blob crc u32 |
+config index u64 | config length u32 | config crc u32 | header crc u32, then the config and the blob. Version 1 has no config fields.
+"""
 
 from __future__ import annotations
 
 import struct
 from zlib import crc32
 
+from attrs import frozen
+
 from dledger.store.format import CHECKPOINT_FILE
 from runtime.model import Files
 
 CHECKPOINT_MAGIC = 0x51524350
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
+CHECKPOINT_FILES = (CHECKPOINT_FILE, f"{CHECKPOINT_FILE}.1")
+"""Newest first."""
 
-_HEADER = struct.Struct("<IHHQQII")
-
-
-def write_checkpoint(files: Files, folder: str, index: int, blob: bytes) -> None:
-    """Atomic: afterwards the old or the new one is there. Waits for the disk."""
-    covered = _HEADER.pack(CHECKPOINT_MAGIC, CHECKPOINT_VERSION, 0, index, len(blob), crc32(blob), 0)[:-4]
-    header = covered + crc32(covered).to_bytes(4, "little")
-    files.write_atomic(f"{folder}/{CHECKPOINT_FILE}", header + blob)
+_PREFIX = struct.Struct("<IHH")
+_HEADER_1 = struct.Struct("<IHHQQII")
+_HEADER = struct.Struct("<IHHQQIQIII")
 
 
-def read_checkpoint(files: Files, folder: str) -> tuple[int, bytes] | None:
-    """(index, blob), or None where there is none or it is unreadable: the log holds everything it held."""
+@frozen
+class Checkpoint:
+    """Tables after entry `index`; `config` is the encoded membership in force there, empty where none is known."""
+
+    index: int
+    blob: bytes
+    config: bytes = b""
+    config_index: int = 0
+
+
+def pack_checkpoint(checkpoint: Checkpoint) -> bytes:
+    """The file's content."""
+    covered = _HEADER.pack(
+        CHECKPOINT_MAGIC,
+        CHECKPOINT_VERSION,
+        0,
+        checkpoint.index,
+        len(checkpoint.blob),
+        crc32(checkpoint.blob),
+        checkpoint.config_index,
+        len(checkpoint.config),
+        crc32(checkpoint.config),
+        0,
+    )[:-4]
+    return b"".join((covered, crc32(covered).to_bytes(4, "little"), checkpoint.config, checkpoint.blob))
+
+
+def unpack_checkpoint(data: bytes) -> Checkpoint | None:
+    """None for content that is damaged or of a newer version."""
+    if len(data) < _HEADER_1.size:
+        return None
+    magic, version, _ = _PREFIX.unpack_from(data)
+    header = _HEADER_1 if version == 1 else _HEADER
+    if magic != CHECKPOINT_MAGIC or not 1 <= version <= CHECKPOINT_VERSION or len(data) < header.size:
+        return None
+    if int.from_bytes(data[header.size - 4 : header.size], "little") != crc32(data[: header.size - 4]):
+        return None
+    config_index = config_len = config_crc = 0
+    if version == 1:
+        _, _, _, index, blob_len, blob_crc, _ = _HEADER_1.unpack_from(data)
+    else:
+        _, _, _, index, blob_len, blob_crc, config_index, config_len, config_crc, _ = _HEADER.unpack_from(data)
+    config = data[header.size : header.size + config_len]
+    blob = data[header.size + config_len :]
+    if len(blob) != blob_len or crc32(blob) != blob_crc or crc32(config) != config_crc:
+        return None
+    return Checkpoint(index, blob, config, config_index)
+
+
+def write_checkpoint(
+    files: Files, folder: str, index: int, blob: bytes, *, config: bytes = b"", config_index: int = 0
+) -> None:
+    """Atomic: afterwards the new one is there and the last readable one before it. Waits for the disk."""
+    newest, older = (f"{folder}/{name}" for name in CHECKPOINT_FILES)
+    if _read(files, newest) is not None:  # a damaged one must not push out the good one
+        files.rename(newest, older)
+    files.write_atomic(newest, pack_checkpoint(Checkpoint(index, blob, config, config_index)))
+
+
+def read_checkpoint(files: Files, folder: str, *, up_to: int | None = None) -> Checkpoint | None:
+    """The newest readable one, of those not behind entry `up_to`; None where there is none."""
+    for name in CHECKPOINT_FILES:
+        found = _read(files, f"{folder}/{name}")
+        if found is not None and (up_to is None or found.index <= up_to):
+            return found
+    return None
+
+
+def drop_checkpoints(files: Files, folder: str, *, above: int) -> list[int]:
+    """Remove those that cover more than entry `above`: a log that lost its end must not meet them again once it has
+    grown past it, maybe with other entries. Waits for the disk. Returns what they covered."""
+    dropped = []
+    for name in CHECKPOINT_FILES:
+        found = _read(files, f"{folder}/{name}")
+        if found is not None and found.index > above:
+            files.unlink(f"{folder}/{name}")
+            dropped.append(found.index)
+    if dropped:
+        files.sync_dir(folder)
+    return dropped
+
+
+def _read(files: Files, path: str) -> Checkpoint | None:
     try:
-        data = files.read_bytes(f"{folder}/{CHECKPOINT_FILE}")
-    except FileNotFoundError:
+        return unpack_checkpoint(files.read_bytes(path))
+    except OSError:
         return None
-    if len(data) < _HEADER.size:
-        return None
-    magic, version, _, index, length, blob_crc, header_crc = _HEADER.unpack_from(data)
-    blob = data[_HEADER.size :]
-    if (
-        magic != CHECKPOINT_MAGIC
-        or version > CHECKPOINT_VERSION
-        or header_crc != crc32(data[: _HEADER.size - 4])
-        or length != len(blob)
-        or blob_crc != crc32(blob)
-    ):
-        return None
-    return index, blob

@@ -14,7 +14,9 @@ import trio
 from dledger.core.types import Entry
 from dledger.errors import LogDamaged, StoreFailed
 from dledger.store.format import LOG_FOLDER, ROWS_FOLDER, Format, read_format, write_format
+from dledger.store.manifest import Manifest
 from dledger.store.meta import MetaFile, format_meta
+from dledger.store.options import StoreOptions
 from dledger.store.recovery import RecoveredLog, recover_log
 from dledger.store.rows import DISK_FULL, ROW_BYTES, Row, row_of, suppress_disk_full, unpack_row
 from dledger.store.segments import Segment, create_segment, remove_segment, segment_bases
@@ -78,7 +80,9 @@ class LogStore:
         self._creating = trio.Lock()
 
     @classmethod
-    async def open(cls, env: Env, folder: str, segment_bytes: int, meta: MetaFile) -> tuple[LogStore, RecoveredLog]:
+    async def open(
+        cls, env: Env, folder: str, segment_bytes: int, meta: MetaFile, options: StoreOptions | None = None
+    ) -> tuple[LogStore, RecoveredLog]:
         """Recover the log in a thread. Checkpoint. Raises LogDamaged, or OSError where the folder cannot be used."""
         recovered: RecoveredLog = await env.run_in_thread(
             recover_log, env.files, folder, segment_bytes, meta.saved.durable_index
@@ -111,6 +115,43 @@ class LogStore:
         if index == 0:
             return 0
         return self._row(index).head_crc if self.first_index <= index < self.last_index else None
+
+    def position_of(self, index: int) -> int | None:
+        """Where a retained entry begins; None outside of the log. Raises LogDamaged."""
+        entry = self._recent.get(index)
+        if entry is not None:
+            return entry.position
+        return self._row(index).position if self.first_index <= index <= self.last_index else None
+
+    def config_entries(self, after_index: int) -> list[tuple[int, bytes]]:
+        """(index, body) of the CONFIG entries behind `after_index`, ascending. Raises LogDamaged."""
+        raise NotImplementedError
+
+    def manifest(self) -> Manifest:
+        """The closed segments there are, for a peer's catch-up. Raises LogDamaged."""
+        raise NotImplementedError
+
+    async def read_chunk(self, base: int, offset: int, nbytes: int) -> bytes:
+        """Verified bytes of a closed segment, in a thread. Checkpoint. Raises LogDamaged, KeyError for a segment that
+        is not there (any more)."""
+        raise NotImplementedError
+
+    async def trim(self, position: int) -> None:
+        """Remove whole closed segments that end at or before `position`. Checkpoint. Raises StoreFailed (final)."""
+        raise NotImplementedError
+
+    @property
+    def is_slow(self) -> bool:
+        """A write took longer than 50 ms lately: `write_in_thread` is to be used instead of `write`."""
+        return False
+
+    async def write_in_thread(self) -> int:
+        """As `write`, off the loop; `write` does nothing meanwhile. Checkpoint."""
+        raise NotImplementedError
+
+    async def scrub(self, bytes_per_second: int) -> None:
+        """Verify the closed segments, again and again, once a day. Runs until cancelled. Raises EntryDamaged."""
+        raise NotImplementedError
 
     def entries(self, from_index: int, max_bytes: int) -> Sequence[Entry]:
         """Entries from `from_index` on, at least one where it exists, else no more than `max_bytes` of frames.

@@ -1,10 +1,14 @@
-"""Term, vote and marks of one node, in two alternating 64-byte slots (raft.md 4.2).
+"""Term, vote and marks of one node, in two alternating pairs of 64-byte slots (raft.md 4.2).
 
 Slot, little endian: magic u32 | crc u32 | version u8 | flags u8 | vote length u16 | sequence u64 | term u64 |
 durable index u64 | identity 8 bytes | boot 4 bytes | vote 16 bytes. The checksum covers everything behind it.
 
-The slots lie a page apart, so that no torn write can hit both. The readable one with the higher sequence counts. When
-neither is readable the node does not start: a forgotten vote can elect two leaders in one term.
+Every slot lies on a page of its own, so that no torn write can hit two. A save writes both slots of one pair with one
+sync, the next save those of the other pair: a torn save leaves the pair before it, and a single damaged slot leaves
+its twin, so that neither brings an older vote back. The readable slot with the highest sequence counts. When none is
+readable the node does not start: a forgotten vote can elect two leaders in one term.
+
+Version 1 had one slot where a pair is now, on the first two pages; it is read, and replaced slot by slot by the saves.
 """
 
 from __future__ import annotations
@@ -21,10 +25,12 @@ from dledger.store.format import META_FILE, Format
 from runtime.model import File, Files
 
 META_MAGIC = 0x51524D54
-META_VERSION = 1
+META_VERSION = 2
 SLOT_BYTES = 64
 SLOT_DISTANCE = 4096
+SLOTS = 4
 FLAG_CLEAN = 1
+FLAG_RECOVERING = 2
 
 _SLOT = struct.Struct("<IIBBHQQQ8s4s16s")
 assert _SLOT.size == SLOT_BYTES
@@ -43,6 +49,8 @@ class Meta:
     """Stopped in order, after a last sync of everything."""
     boot: bytes = bytes(4)
     """Short form of the machine's boot id when the slot was written."""
+    recovering: bool = False
+    """The log may lack entries this node acknowledged: no vote and no campaign until a leader has confirmed it."""
 
 
 def identity_of(identity: Format) -> bytes:
@@ -61,7 +69,7 @@ def pack_slot(meta: Meta, identity: bytes) -> bytes:
         META_MAGIC,
         0,
         META_VERSION,
-        FLAG_CLEAN if meta.clean else 0,
+        (FLAG_CLEAN if meta.clean else 0) | (FLAG_RECOVERING if meta.recovering else 0),
         len(vote),
         meta.sequence,
         meta.term,
@@ -88,31 +96,36 @@ def unpack_slot(slot: bytes) -> tuple[Meta, bytes, int] | None:
             durable_index=durable,
             clean=bool(flags & FLAG_CLEAN),
             boot=boot,
+            recovering=bool(flags & FLAG_RECOVERING),
         ),
         identity,
         version,
     )
 
 
-def _slot_offset(sequence: int) -> int:
-    return (sequence % 2) * SLOT_DISTANCE
+def _pair(sequence: int) -> tuple[int, int]:
+    """Offsets of the two slots of a save. The first one is where version 1 put its only one."""
+    first = (sequence % 2) * SLOT_DISTANCE
+    return first, first + 2 * SLOT_DISTANCE
 
 
 def format_meta(files: Files, folder: str, identity: Format) -> None:
-    """Write both slots of a new node and sync them. Blocks; for start-up."""
+    """Write all slots of a new node and sync them. Blocks; for start-up."""
     file = files.open(f"{folder}/{META_FILE}", create=True)
     try:
         own = identity_of(identity)
-        file.allocate(2 * SLOT_DISTANCE)
+        file.allocate(SLOTS * SLOT_DISTANCE)
         for sequence in (0, 1):
-            file.pwrite(pack_slot(Meta(sequence=sequence, clean=True), own), _slot_offset(sequence))
+            slot = pack_slot(Meta(sequence=sequence, clean=True), own)
+            for offset in _pair(sequence):
+                file.pwrite(slot, offset)
         file.sync_now()
     finally:
         file.close()
 
 
 class MetaFile:
-    """The slots of a running node. Saves are serialized; each one writes the older slot and syncs it."""
+    """The slots of a running node. Saves are serialized; each one writes the older pair and syncs it."""
 
     def __init__(self, file: File, identity: bytes, meta: Meta) -> None:
         self._file = file
@@ -131,17 +144,20 @@ class MetaFile:
             raise MetaDamaged(f"{path} is missing: without term and vote this node must not start") from None
         own = identity_of(identity)
         found = []
-        for sequence in (0, 1):
-            slot = unpack_slot(file.pread(SLOT_BYTES, _slot_offset(sequence)))
+        for number in range(SLOTS):
+            slot = unpack_slot(file.pread(SLOT_BYTES, number * SLOT_DISTANCE))
             if slot is None:
                 continue
             if slot[2] > META_VERSION:
+                file.close()
                 raise MetaDamaged(f"{path} has version {slot[2]}, newer than this program knows ({META_VERSION})")
             if slot[1] != own:
+                file.close()
                 raise MetaDamaged(f"{path} was written by another node; refusing to vote with its term")
             found.append(slot[0])
         if not found:
-            raise MetaDamaged(f"both slots of {path} are unreadable: without term and vote this node must not start")
+            file.close()
+            raise MetaDamaged(f"all slots of {path} are unreadable: without term and vote this node must not start")
         return cls(file, own, max(found, key=lambda meta: meta.sequence))
 
     @property
@@ -164,9 +180,20 @@ class MetaFile:
         self._wanted = evolve(self._wanted, durable_index=durable_index, clean=clean)
         await self._save()
 
-    async def save_started(self, boot: bytes) -> None:
-        """This process writes to the log from now on: no clean stop any more. Checkpoint."""
-        self._wanted = evolve(self._wanted, clean=False, boot=boot)
+    async def save_started(self, boot: bytes, *, recovering: bool | None = None) -> None:
+        """This process writes to the log from now on: no clean stop any more. Checkpoint.
+
+        `recovering` is kept with it, so that a node killed before a leader has confirmed its log does not forget;
+        None leaves it as it is.
+        """
+        if recovering is None:
+            recovering = self._wanted.recovering
+        self._wanted = evolve(self._wanted, clean=False, boot=boot, recovering=recovering)
+        await self._save()
+
+    async def save_recovering(self, recovering: bool) -> None:
+        """As `save_hard_state`, for the recovering flag alone."""
+        self._wanted = evolve(self._wanted, recovering=recovering)
         await self._save()
 
     async def _save(self) -> None:
@@ -176,7 +203,9 @@ class MetaFile:
                 return  # whoever held the lock before us took our values along
             latest = evolve(latest, sequence=latest.sequence + 1)
             try:
-                self._file.pwrite(pack_slot(latest, self._identity), _slot_offset(latest.sequence))
+                slot = pack_slot(latest, self._identity)
+                for offset in _pair(latest.sequence):
+                    self._file.pwrite(slot, offset)
                 await self._file.sync()
             except OSError as error:
                 raise StoreFailed(f"writing term and vote to {self._file.path} failed: {error}") from error

@@ -17,10 +17,12 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from attrs import define, frozen
+from attrs import define, field, frozen
 
 from dledger.core.types import HEADER_BYTES, BadFrame, Entry, next_position, parse_entry, unpack_header
 from dledger.errors import LogDamaged
+from dledger.store.base import BaseRecord
+from dledger.store.faults import FaultyRange
 from dledger.store.format import LOG_FOLDER, ROWS_FOLDER
 from dledger.store.rows import ROW_BYTES, Row, last_row, pack_row, read_row, suppress_disk_full
 from dledger.store.segments import Segment, open_segment, remove_segment, segment_bases, segment_name
@@ -50,6 +52,10 @@ class RecoveredLog:
     """Entries up to here are committed for certain."""
     entries_walked: int
     bytes_cut: int
+    faults: list[FaultyRange] = field(factory=list)
+    """Damaged or missing ranges, ascending; only the last one may have an open end. Empty: the log may be served."""
+    base: BaseRecord = field(factory=BaseRecord)
+    """What lay before the first retained entry."""
 
 
 @define

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from dledger.core.types import Entry, EntryType, frame_entry, next_position
 from dledger.errors import FormatError, LogDamaged, MetaDamaged, StoreFailed
-from dledger.store.checkpoint import read_checkpoint, write_checkpoint
+from dledger.store.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from dledger.store.format import Format, check_format, read_format
 from dledger.store.log_store import LogStore, format_folder, is_blank
 from dledger.store.meta import SLOT_DISTANCE, MetaFile
@@ -438,8 +438,12 @@ async def test_torn_meta_slot_falls_back_to_the_other(tmp_path: Path) -> None:
     torn = (meta.saved.sequence % 2) * SLOT_DISTANCE
     content[torn + 20] ^= 0xFF
     path.write_bytes(content)
+    assert MetaFile.open(env.files, str(tmp_path), IDENTITY).saved.term == 4  # one damaged slot leaves its twin
+    content[torn + 2 * SLOT_DISTANCE + 20] ^= 0xFF
+    path.write_bytes(content)
     assert MetaFile.open(env.files, str(tmp_path), IDENTITY).saved.term == 3
-    content[SLOT_DISTANCE - torn + 30] ^= 0xFF
+    for slot in range(4):
+        content[slot * SLOT_DISTANCE + 30] = 0x77
     path.write_bytes(content)
     with pytest.raises(MetaDamaged, match="must not start"):
         MetaFile.open(env.files, str(tmp_path), IDENTITY)
@@ -483,7 +487,7 @@ def test_checkpoint_is_read_back_or_ignored(tmp_path: Path) -> None:
     folder = str(tmp_path)
     assert read_checkpoint(files, folder) is None
     write_checkpoint(files, folder, 42, b"tables" * 1000)
-    assert read_checkpoint(files, folder) == (42, b"tables" * 1000)
+    assert read_checkpoint(files, folder) == Checkpoint(42, b"tables" * 1000)
     path = tmp_path / "checkpoint"
     whole = path.read_bytes()
     for offset in (0, 9, 20, 31, 40, len(whole) - 1):
