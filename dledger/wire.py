@@ -29,6 +29,7 @@ import cbor2
 import msgspec
 
 from dledger.core.messages import (
+    FIELDS_IN_VERSION_1,
     Append,
     AppendReply,
     Message,
@@ -79,19 +80,19 @@ _RAFT_KINDS: dict[type[Any], int] = {
 }
 _RAFT_TYPES = {kind: message_type for message_type, kind in _RAFT_KINDS.items()}
 _KIND_APPEND = _RAFT_KINDS[Append]
-_KIND_APPEND_REPLY = _RAFT_KINDS[AppendReply]
-_APPEND_REPLY_FIELDS_1 = 7
 _SIGNATURES: dict[int, tuple[type[Any], ...]] = {
     _RAFT_KINDS[PreVote]: (int, int, int, int),
-    _RAFT_KINDS[PreVoteReply]: (int, int, bool, bool, bool),
+    _RAFT_KINDS[PreVoteReply]: (int, int, bool, bool, bool, bool),
     _RAFT_KINDS[Vote]: (int, int, int, int),
     _RAFT_KINDS[VoteReply]: (int, bool, bool),
     _KIND_APPEND: (int, int, int, int, int, int),
-    _KIND_APPEND_REPLY: (int, int, bool, int, int, int, int, bool),
+    _RAFT_KINDS[AppendReply]: (int, int, bool, int, int, int, int, bool),
     _RAFT_KINDS[TimeoutNow]: (int, int),
     _RAFT_KINDS[SegmentsOffer]: (int, int, int, int),
 }
-_SIGNATURE_APPEND_REPLY_1 = _SIGNATURES[_KIND_APPEND_REPLY][:_APPEND_REPLY_FIELDS_1]
+_SIGNATURES_1 = {
+    _RAFT_KINDS[grown]: _SIGNATURES[_RAFT_KINDS[grown]][:count] for grown, count in FIELDS_IN_VERSION_1.items()
+}
 
 
 class WireError(Exception):
@@ -191,9 +192,8 @@ def encode_raft(message: Message, version: int = PROTOCOL_VERSION) -> list[Buffe
         return parts
     fields = msgspec.structs.astuple(message)
     if version == 1:
-        if type(message) is AppendReply:
-            fields = fields[:_APPEND_REPLY_FIELDS_1]
-        elif type(message) is SegmentsOffer:
+        fields = fields[: FIELDS_IN_VERSION_1.get(type(message))]
+        if type(message) is SegmentsOffer:
             # The nearest thing that version 1 knows: a heartbeat behind entries that the peer does not have. It hears
             # its leader, and answers that it lacks the predecessor.
             return encode_raft(Append(message.term, max(message.first_index - 1, 1), 0, 0, message.commit, message.seq))
@@ -277,7 +277,7 @@ def decode_raft(received: Received) -> Message:
     if signature is None:
         raise WireError(f"a message of unknown kind {kind}")
     types = tuple(map(type, fields))
-    if types != signature and (kind != _KIND_APPEND_REPLY or types != _SIGNATURE_APPEND_REPLY_1):
+    if types != signature and types != _SIGNATURES_1.get(kind):
         raise WireError(f"a message of kind {kind} with wrong fields")
     if min(fields) < 0 or max(fields) > NUMBER_MAX:  # a term that no meta slot can hold must not be adopted
         raise WireError(f"a message of kind {kind} with a number out of range")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from attrs import frozen
+from collections.abc import Mapping
+
+from attrs import field, frozen
 
 from dledger.core.types import HEADER_BYTES
 
@@ -26,6 +28,15 @@ class RaftConfig:
     window_messages_max: int = 64
     window_bytes_max: int = 8 * 1024 * 1024
     segment_bytes: int = 128 * 1024 * 1024
+    segments_behind_bytes: int = 256 * 1024 * 1024
+    """A peer further behind than this is filled by whole segments instead of entries."""
+    promote_lag_bytes_max: int = 1024 * 1024
+    """A learner further behind does not become a voter, nor a voter the preferred leader."""
+    reads_waiting_max: int = 10_000
+    priorities: Mapping[str, int] = field(factory=dict, hash=False)
+    """Preferred leaders by node id, higher first; 0 for a node not named."""
+    preferred_after: float = 30.0
+    """A leader hands over to a preferred peer once it has led, undisturbed, for so long."""
 
     def __attrs_post_init__(self) -> None:
         if self.election_timeout_min < 5 * self.heartbeat:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from dledger.core.membership import Members
 from dledger.core.messages import Message
 from dledger.core.types import Entry, Role
 
@@ -73,9 +74,46 @@ class TransferEnded(msgspec.Struct, frozen=True):
 
 
 class Recovered(msgspec.Struct, frozen=True):
-    """A leader has confirmed this log after a power loss: the node votes normally again."""
+    """This node votes normally again after a power loss: a leader has confirmed its log, or the operator the loss."""
 
     term: int
+
+
+class ReadReady(msgspec.Struct, frozen=True):
+    """A read that waits until `index` is applied here sees everything acknowledged before it was asked."""
+
+    token: int
+    index: int
+
+
+class ReadRefused(msgspec.Struct, frozen=True):
+    """This node cannot vouch for the read: ask the leader, or again."""
+
+    token: int
+    reason: str
+
+
+class MembersChanged(msgspec.Struct, frozen=True):
+    """The members of CONFIG entry `index` (0: of the bootstrap list) are in force.
+
+    Comes when the entry is appended, or when a cut brings an older one back, and once more, `is_committed`, when it
+    can no longer be cut. Only then close the connections of those who have gone: until then a removed leader still
+    needs our answers, and a cut may bring a removed member back.
+    """
+
+    index: int
+    members: Members
+    is_committed: bool = False
+
+
+class NeedSegments(msgspec.Struct, frozen=True):
+    """`leader` sends entries only from `first_index` on: what is before must come as whole segments.
+
+    Comes at the first offer of a term and whenever `first_index` changes. Whether a transfer runs is the driver's care.
+    """
+
+    leader: str
+    first_index: int
 
 
 class Fatal(msgspec.Struct, frozen=True):
@@ -95,5 +133,9 @@ Effect = (
     | Refused
     | TransferEnded
     | Recovered
+    | ReadReady
+    | ReadRefused
+    | MembersChanged
+    | NeedSegments
     | Fatal
 )

@@ -92,6 +92,22 @@ class DiskState(msgspec.Struct, frozen=True):
     ok: bool
 
 
+class ReadIndex(msgspec.Struct, frozen=True):
+    """Who has been acknowledged so far must be seen by the read `token` (dissertation 6.4).
+
+    Answered by exactly one `ReadReady` or `ReadRefused`. Step `TurnEnd` behind it: that sends the round.
+    """
+
+    now: float
+    token: int
+
+
+class AcceptLoss(msgspec.Struct, frozen=True):
+    """The operator gives up what a power loss may have taken (`raft recover --accept-loss`): stop recovering."""
+
+    now: float
+
+
 class Transfer(msgspec.Struct, frozen=True):
     """Hand leadership to `target` (or to the most advanced peer). Ends in `TransferEnded` within a timeout."""
 
@@ -100,5 +116,17 @@ class Transfer(msgspec.Struct, frozen=True):
 
 
 Event = (
-    Tick | TurnEnd | Receive | Written | Durable | HardStateSaved | Propose | PeerLost | PeerUp | DiskState | Transfer
+    Tick
+    | TurnEnd
+    | Receive
+    | Written
+    | Durable
+    | HardStateSaved
+    | Propose
+    | PeerLost
+    | PeerUp
+    | DiskState
+    | Transfer
+    | ReadIndex
+    | AcceptLoss
 )

@@ -39,6 +39,9 @@ class LogView(Protocol):
     def head_crc_at(self, index: int) -> int | None:
         """Chain checksum of an entry in the same range (0 at index 0), else None."""
 
+    def position_of(self, index: int) -> int | None:
+        """Byte at which a retained entry begins; None outside `first_index .. last_index`."""
+
     def entries(self, from_index: int, max_bytes: int) -> Sequence[Entry]:
         """Entries from `from_index` on: at least one when it exists, and no more than `max_bytes` of frames."""
 
@@ -80,6 +83,10 @@ class MemoryLog:
         if 0 <= offset < len(self._entries):
             return self._entries[offset].head_crc
         return self._trimmed_crc if offset == -1 else None
+
+    def position_of(self, index: int) -> int | None:
+        offset = index - self._trimmed_index - 1
+        return self._entries[offset].position if 0 <= offset < len(self._entries) else None
 
     def entries(self, from_index: int, max_bytes: int) -> list[Entry]:
         offset = from_index - self._trimmed_index - 1

@@ -25,7 +25,8 @@ class PreVote(msgspec.Struct, frozen=True):
 class PreVoteReply(msgspec.Struct, frozen=True):
     """`term` is the answering node's own, `proposed` the term that was asked about.
 
-    `has_leader` tells that the refusal is only due to a live leader. `recovering`: see `Vote`.
+    `has_leader` tells that the refusal is only due to a live leader. `recovering`: see `VoteReply`. `removed`: by a
+    committed CONFIG entry the asker is no voter, and need not ask again before a leader speaks to it.
     """
 
     term: int
@@ -33,6 +34,7 @@ class PreVoteReply(msgspec.Struct, frozen=True):
     granted: bool
     has_leader: bool = False
     recovering: bool = False
+    removed: bool = False
 
 
 class Vote(msgspec.Struct, frozen=True):
@@ -86,9 +88,10 @@ class AppendReply(msgspec.Struct, frozen=True):
 
 
 class SegmentsOffer(msgspec.Struct, frozen=True):
-    """In place of an Append, to a peer that ends before the leader's `first_index`: fetch whole segments.
+    """In place of an Append, to a peer that needs whole segments: entries will be sent from `first_index` on only.
 
-    Counts as hearing the leader. Answered as an Append with that `seq` whose predecessor did not match.
+    Counts as hearing the leader. Answered as an Append with that `seq` whose predecessor did not match; the hint is the
+    peer's last entry.
     """
 
     term: int
@@ -105,3 +108,7 @@ class TimeoutNow(msgspec.Struct, frozen=True):
 
 
 Message = PreVote | PreVoteReply | Vote | VoteReply | Append | AppendReply | SegmentsOffer | TimeoutNow
+
+FIELDS_IN_VERSION_1: dict[type[Message], int] = {PreVoteReply: 5, AppendReply: 7}
+"""Messages that have grown since protocol version 1: how many of their fields, from the left, a peer of that version
+sends and understands. The others have their defaults."""

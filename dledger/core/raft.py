@@ -78,6 +78,7 @@ from dledger.core.effects import Effect
 from dledger.core.election import Ballot, is_up_to_date
 from dledger.core.errors import LocalError, RemoteError
 from dledger.core.events import (
+    AcceptLoss,
     DiskState,
     Durable,
     Event,
@@ -85,6 +86,7 @@ from dledger.core.events import (
     PeerLost,
     PeerUp,
     Propose,
+    ReadIndex,
     Receive,
     Tick,
     Transfer,
@@ -92,12 +94,14 @@ from dledger.core.events import (
     Written,
 )
 from dledger.core.log import LogView
+from dledger.core.membership import ConfigHistory, Members
 from dledger.core.messages import (
     Append,
     AppendReply,
     Message,
     PreVote,
     PreVoteReply,
+    SegmentsOffer,
     TimeoutNow,
     Vote,
     VoteReply,
@@ -153,9 +157,11 @@ class Raft:
         *,
         commit_index: int = 0,
         recovering: bool = False,
+        configs: Sequence[tuple[int, Members]] = (),
     ) -> None:
         self.node_id = node_id
-        self.voters: tuple[str, ...] = tuple(sorted(voters))
+        self.configs = ConfigHistory(Members(voters), configs)
+        self.voters = self.configs.members.voters
         if node_id not in self.voters:
             raise LocalError(f"{node_id} is not a member of its own group {', '.join(self.voters)}")
         self.peers: tuple[str, ...] = tuple(voter for voter in self.voters if voter != node_id)
@@ -279,6 +285,10 @@ class Raft:
                     self._disk_state(event.now, event.ok)
                 case Transfer():
                     self._begin_transfer(event.now, event.target)
+                case ReadIndex():
+                    effects.append(fx.ReadRefused(event.token, "reads by index are not served"))
+                case AcceptLoss():
+                    self._accept_loss()
                 case _:
                     assert_never(event)
         except _Broken:
@@ -559,6 +569,11 @@ class Raft:
         elif self.role is not Role.FOLLOWER:
             self._follow(now, Cause.DISK_BAD, self.term, None)
 
+    def _accept_loss(self) -> None:
+        if self.recovering:
+            self.recovering = False
+            self._effects.append(fx.Recovered(self.term))
+
     # Messages
 
     def _receive(self, now: float, peer: str, message: Message) -> None:
@@ -581,6 +596,8 @@ class Raft:
                 self._receive_vote_reply(now, peer, message)
             case TimeoutNow():
                 self._receive_timeout_now(now, peer, message)
+            case SegmentsOffer():
+                raise RemoteError(f"{peer} offers segments to a node that never asked for any")
             case _:
                 assert_never(message)
 

@@ -52,6 +52,9 @@ class EntryType(IntEnum):
     DATA = 1
     NOOP = 2
     CONFIG = 3
+    """Members in force from here on (`membership.py`)."""
+    TRIM = 4
+    """The log may be forgotten before a position: u64 position | u8 flags, 1 = forced."""
 
 
 class BadFrame(ValueError):

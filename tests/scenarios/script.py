@@ -63,6 +63,8 @@ def show(message: msg.Message) -> str:
             if message.ok:
                 return f"{name} term={message.term} written={message.written} durable={message.durable}"
             return f"{name} term={message.term} refused, hint {message.hint_term}/{message.hint_index}"
+        case msg.SegmentsOffer():
+            return f"{name} term={message.term} from={message.first_index} commit={message.commit}"
         case msg.TimeoutNow():
             return f"{name} term={message.term}"
 
