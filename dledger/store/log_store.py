@@ -153,6 +153,10 @@ class LogStore:
         """Verify the closed segments, again and again, once a day. Runs until cancelled. Raises EntryDamaged."""
         raise NotImplementedError
 
+    def is_recent(self, index: int) -> bool:
+        """Whether `entries` finds this one in memory."""
+        return index in self._recent
+
     def entries(self, from_index: int, max_bytes: int) -> Sequence[Entry]:
         """Entries from `from_index` on, at least one where it exists, else no more than `max_bytes` of frames.
 
