@@ -17,15 +17,31 @@ from typing import Any
 
 from attrs import define, field
 
+from runtime.real import FAULTS_VARIABLE
+
 QUORATE = (sys.executable, "-P", "-m", "cli")
 PORTS_PER_CLUSTER = 100
 VERB_WITHIN_S = 60
+BROKERS = ("n0", "n1", "n2")
+"""Of a cluster of one group, as shipped."""
 SEGMENT_NAME_DIGITS = 20
 
 
-def quorate(*arguments: str, check: bool = True, within_s: float = VERB_WITHIN_S) -> subprocess.CompletedProcess[str]:
+def quorate(
+    *arguments: str,
+    check: bool = True,
+    within_s: float = VERB_WITHIN_S,
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
     """Run a verb as a user would."""
-    ran = subprocess.run([*QUORATE, *arguments], capture_output=True, text=True, timeout=within_s, check=False)
+    ran = subprocess.run(
+        [*QUORATE, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=within_s,
+        check=False,
+        env=None if environment is None else {**os.environ, **environment},
+    )
     if check and ran.returncode != 0:
         raise AssertionError(f"quorate {' '.join(arguments)} ended with {ran.returncode}: {ran.stdout}{ran.stderr}")
     return ran
@@ -63,6 +79,42 @@ def wait_for(condition: Callable[[], Any], within_s: float, what: str) -> Any:
         time.sleep(0.02)
 
 
+class Disks:
+    """The plan of disk faults of one cluster (see `runtime.faults`): each broker's data folder has its own."""
+
+    def __init__(self, data: Path, path: Path | None) -> None:
+        self._data = data
+        self._path = path
+        self._faults: dict[str, dict[str, Any]] = {}
+        self._boots = 0
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {} if self._path is None else {FAULTS_VARIABLE: str(self._path)}
+
+    def start(self, brokers: Sequence[str], faults: Mapping[str, Any]) -> None:
+        self._faults = {name: dict(faults) for name in brokers}
+        self.boot_anew()
+
+    def boot_anew(self) -> None:
+        """Processes that start from now on find another boot id."""
+        self._boots += 1
+        self._write()
+
+    def change(self, broker: str, **faults: Any) -> None:
+        """Give one broker's disk faults besides those it has; None takes one away."""
+        merged = {**self._faults[broker], **faults}
+        self._faults[broker] = {name: value for name, value in merged.items() if value is not None}
+        self._write()
+
+    def _write(self) -> None:
+        assert self._path is not None, "this cluster was started without faults"
+        folders = {str(self._data / name): faults for name, faults in self._faults.items()}
+        aside = self._path.with_suffix(".new")
+        aside.write_text(json.dumps({"boot_id": f"boot-{self._boots}", "folders": folders}))
+        aside.replace(self._path)
+
+
 @define
 class Cluster:
     """A running cluster and the verbs a test needs."""
@@ -71,6 +123,7 @@ class Cluster:
     document: Mapping[str, Any]
     port_base: int
     up_seconds: float
+    disks: Disks
     killed: list[str] = field(factory=list)
 
     @property
@@ -103,10 +156,33 @@ class Cluster:
         self.killed.append(hit)
         return hit
 
+    def signal(self, name: str, number: signal.Signals) -> None:
+        pid = self.pid(name)
+        assert pid is not None, f"{name} does not run"
+        os.kill(pid, number)
+
     def kill_all_brokers_at_once(self) -> None:
         for pid in [self.pid(name) for name in self.brokers()]:
             assert pid is not None
             os.kill(pid, signal.SIGKILL)
+
+    def cut_power_of_all_brokers(self) -> dict[str, int | None]:
+        """As when all machines lose power in one moment and start again: unsynced bytes are gone, and the boot id is
+        another one. Only on disks that lose what is unsynced. Returns the pids that died."""
+        pids = {name: self.pid(name) for name in self.brokers()}
+        self.disks.boot_anew()
+        self.kill_all_brokers_at_once()
+        return pids
+
+    def leader(self, within_s: float = 10.0, *, other_than: str | None = None) -> str:
+        """The broker that says it leads, and serves."""
+
+        def find() -> str | None:
+            found = [one for one in self.status().values() if one.get("role") == "leader"]
+            newest = max(found, key=lambda one: int(one["term"]), default=None)
+            return None if newest is None or newest["name"] == other_than else str(newest["name"])
+
+        return str(wait_for(find, within_s, "a leader"))
 
     def wait_restarted(self, name: str, than_pid: int | None, within_s: float = 20) -> None:
         """Until the node runs in another process than before, and is ready."""
@@ -142,18 +218,26 @@ class Cluster:
 
 
 @contextmanager
-def cluster(data: Path, *flags: str, config: str | None = None) -> Iterator[Cluster]:
-    """Start, hand over, stop. On a failure the last lines of all logs are printed."""
+def cluster(
+    data: Path, *flags: str, config: str | None = None, faults: Mapping[str, Any] | None = None
+) -> Iterator[Cluster]:
+    """Start, hand over, stop. On a failure the last lines of all logs are printed.
+
+    `faults` are those of every broker's disk from the start; without it the fault layer is off.
+    """
     base = free_port_base()
     print(f"cluster in {data}, ports from {base}")
+    disks = Disks(data, data.parent / f"{data.name}-faults.json" if faults is not None else None)
+    if faults is not None:
+        disks.start(BROKERS, faults)
     arguments: list[str] = ["up", "--detach", "--json", "--data", str(data), "--port-base", str(base), *flags]
     if config is not None:
         path = data.parent / f"{data.name}.toml"
         path.write_text(config)
         arguments += ["--config", str(path)]
     started = time.monotonic()
-    ran = quorate(*arguments)
-    running = Cluster(data, json.loads(ran.stdout), base, time.monotonic() - started)
+    ran = quorate(*arguments, environment=disks.environment)
+    running = Cluster(data, json.loads(ran.stdout), base, time.monotonic() - started, disks)
     try:
         yield running
     except BaseException:

@@ -11,8 +11,8 @@ import trio
 import quorate
 from runtime.model import Env
 from runtime.real import real_env
-from tests.cluster.harness import Cluster, cluster, differing, wait_for
-from tests.cluster.workload import Promises, check_stored, produce_numbers, read_all, word_of
+from tests.cluster.harness import Cluster, cluster, wait_for
+from tests.cluster.workload import Promises, check_stored, produce_numbers, read_all, same_logs, word_of
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -20,7 +20,6 @@ TOPIC = "ledger"
 GROUP = "readers"
 PRODUCERS = 4
 KILLS = 5
-SAME_LOGS_WITHIN_S = 10.0
 STALLED_AFTER_S = 20.0
 
 
@@ -61,26 +60,6 @@ def kill_leader(running: Cluster) -> str | None:
         if "no leader at the moment" in str(error):
             return None
         raise
-
-
-async def same_logs(env: Env, running: Cluster) -> None:
-    """The three logs are byte-identical from the highest first position to the commit position."""
-    deadline = env.clock.monotonic() + SAME_LOGS_WITHIN_S
-    while True:
-        status = [one for one in (await env.run_in_thread(running.status)).values() if one["kind"] == "broker"]
-        if all(one["state"] == "up" and one["first_position"] is not None for one in status):
-            start = max(one["first_position"] for one in status)
-            end = max(one["committed_position"] for one in status)
-            logs = [running.log_bytes(one["name"], start, end) for one in status]
-            at = differing(logs)
-            if at is None and end > start and len(logs[0]) == end - start:
-                print(f"logs of {[one['name'] for one in status]} are the same from {start} to {end}")
-                return
-            problem = f"they differ at position {None if at is None else start + at} of {start}..{end}"
-        else:
-            problem = f"not all up: {[(one['name'], one['reason']) for one in status if one['state'] != 'up']}"
-        assert env.clock.monotonic() < deadline, f"logs not the same within {SAME_LOGS_WITHIN_S:g} s: {problem}"
-        await trio.sleep(0.1)
 
 
 async def all_consumed(env: Env, promises: Promises, seen: set[str]) -> None:

@@ -14,8 +14,11 @@ from attrs import Factory, define
 
 import quorate
 from quorate import Client, MessageExt, MessageQueue, SendFailed
+from runtime.model import Env
+from tests.cluster.harness import Cluster, differing
 
 SEND_WITHIN_S = 8.0
+SAME_LOGS_WITHIN_S = 10.0
 
 
 @define
@@ -116,3 +119,23 @@ def check_stored(found: Mapping[MessageQueue, Sequence[MessageExt]], promises: P
     assert not strangers, f"nobody sent these: {strangers[:10]}"
     used = sorted(promises.acknowledged.values())
     assert all(a != b for a, b in pairwise(used)), "two acknowledgements with the same queue offset"
+
+
+async def same_logs(env: Env, running: Cluster, *, within_s: float = SAME_LOGS_WITHIN_S) -> None:
+    """The three logs are byte-identical from the highest first position to the commit position."""
+    deadline = env.clock.monotonic() + within_s
+    while True:
+        status = [one for one in (await env.run_in_thread(running.status)).values() if one["kind"] == "broker"]
+        if all(one["state"] == "up" and one["first_position"] is not None for one in status):
+            start = max(one["first_position"] for one in status)
+            end = max(one["committed_position"] for one in status)
+            logs = [running.log_bytes(one["name"], start, end) for one in status]
+            at = differing(logs)
+            if at is None and end > start and len(logs[0]) == end - start:
+                print(f"logs of {[one['name'] for one in status]} are the same from {start} to {end}")
+                return
+            problem = f"they differ at position {None if at is None else start + at} of {start}..{end}"
+        else:
+            problem = f"not all up: {[(one['name'], one['reason']) for one in status if one['state'] != 'up']}"
+        assert env.clock.monotonic() < deadline, f"logs not the same within {within_s:g} s: {problem}"
+        await trio.sleep(0.1)
