@@ -1,7 +1,7 @@
 """All machines lose power in one moment: what is unsynced is gone on every one of them, and the boot ids are new.
 
 With `flush = "sync"` nothing acknowledged may be missing. With `flush = "async"` what is missing is bounded, lies at
-the end, and the group comes back by the rules of a recovering majority: every member must answer, the longest log leads.
+the end, and the group comes back by the rules of a recovering majority: all members must answer, the longest log leads.
 
 QUORATE_POWER_LOSS_ROUNDS sets the rounds of the first one (2; `.ci/full` takes 50).
 """
