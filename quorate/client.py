@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import trio
 
+from quorate.attempts import Attempts
 from quorate.errors import NoRoute, RequestRefused, Unavailable
 from quorate.producer import Producer, SendReceipt
 from quorate.route_cache import RouteCache
@@ -86,6 +87,7 @@ class Client:
         self.producer_group = producer_group
         self.remoting = RemotingClient(env, log=log, on_request=self._on_request, on_lost=self._on_lost)
         self.routes = RouteCache(self.remoting, namesrv, env.clock, log)
+        self.attempts = Attempts(self.remoting, self.routes, env.clock)
         self._salt = salt
         self._unique_keys: UniqKeyGenerator | None = None
         self._heartbeat_wanted = trio.Event()
@@ -311,7 +313,8 @@ class Client:
                 tried.append(address)
                 request = self.remoting.request(code, ext, body)
                 try:
-                    answer = await self.remoting.invoke(address, request, min(remaining, max(1.0, timeout / 3)))
+                    limit = min(remaining, max(1.0, timeout / 3))
+                    answer = await self.attempts.invoke(topic, broker_name, address, request, limit)
                 except ConnectFailed as error:
                     problems.append(str(error))
                 except (ConnectionLost, RequestTimeout) as error:
@@ -336,6 +339,7 @@ class Client:
             await nursery.start(self.remoting.run)
             nursery.start_soon(self.routes.poll)
             nursery.start_soon(self._heartbeats)
+            nursery.start_soon(self.attempts.watch)
             task_status.started()
 
     # ---------------------------------------------------------------------------------------------------- heartbeats

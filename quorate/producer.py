@@ -238,7 +238,8 @@ class Producer:
                 remaining = max(0.001, deadline - clock.monotonic())
                 request = self._request(message, code, body, target, born_ms, properties)
                 try:
-                    answer = await client.remoting.invoke(address, request, min(remaining, max(1.0, timeout / 3)))
+                    limit = min(remaining, max(1.0, timeout / 3))
+                    answer = await client.attempts.invoke(message.topic, target.broker_name, address, request, limit)
                 except RemoteProtocolError as error:
                     raise ValueError(f"message cannot be sent: {error}") from error
                 except ConnectFailed as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import trio
@@ -185,6 +186,51 @@ async def test_a_silent_leader_is_given_up_before_the_timeout() -> None:
         assert receipt.attempts == 2
         assert 900 < receipt.elapsed_ms < 2000
         frozen.handle = frozen_handle  # type: ignore[method-assign]
+
+
+async def test_a_frozen_leader_is_left_as_soon_as_another_one_leads() -> None:
+    env = make_env()
+    async with fake_cluster(env) as cluster, quorate.connect(cluster.namesrv, env=env) as mq:
+        cluster.topics["t"] = 1
+        state = cluster.groups["broker-a"]
+        await mq.send("t", b"before")
+        frozen = state.nodes[0]
+        frozen_handle = frozen.handle
+        frozen.handle = lambda connection, frame: None  # type: ignore[method-assign]
+
+        async def elect() -> None:
+            await trio.sleep(0.3)
+            state.nodes[2].lead()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(elect)
+            receipt = await mq.send("t", b"x", timeout=9)
+        assert receipt.attempts == 2
+        assert 300 <= receipt.elapsed_ms < 800, "a third of the time-out is 3 s"
+        assert state.stored("t") == [b"before", b"x"]
+        frozen.handle = frozen_handle  # type: ignore[method-assign]
+
+
+async def test_a_late_answer_is_waited_for_while_the_leader_stays() -> None:
+    env = make_env()
+    async with fake_cluster(env) as cluster, quorate.connect(cluster.namesrv, env=env) as mq:
+        cluster.topics["t"] = 1
+        slow = cluster.groups["broker-a"].nodes[0]
+        handle = slow.handle
+        held: list[tuple[Any, Any]] = []
+        slow.handle = lambda connection, frame: held.append((connection, frame))  # type: ignore[method-assign]
+
+        async def answer() -> None:
+            await trio.sleep(0.5)
+            for connection, frame in held:
+                handle(connection, frame)
+                connection.flush()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(answer)
+            receipt = await mq.send("t", b"x", timeout=3)
+        assert receipt.attempts == 1
+        slow.handle = handle  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("code", [13, 29, 3])
