@@ -1,26 +1,30 @@
 """Connections between the members of a group.
 
-Every node dials every other one. What a node asks (votes, appends, app messages) goes out on the connection it dialled,
-and the answers come back on it, both in order. Sending is synchronous as long as the socket takes the bytes; the rest
-waits in a bounded queue for the connection's writer task.
+Every node dials every other one. What a node asks (votes, appends, app messages, fetches) goes out on the connection it
+dialled, and the answers come back on it, both in order. Sending is synchronous as long as the socket takes the bytes;
+the rest waits in a bounded queue for the connection's writer task. Votes pass everything that waits; appends, and so
+heartbeats, pass app messages; and what a fetch asked for goes when nothing else is waiting, in pieces of no more than
+256 KiB.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Protocol
+from typing import Any, Protocol
 
 import trio
 
-from dledger.config import GroupConfig
+from dledger.config import Address, GroupConfig
 from dledger.core.messages import Append, AppendReply, Message, PreVoteReply, VoteReply
 from dledger.core.types import Buffer
 from dledger.store.format import Format
 from dledger.wire import (
     APP_BYTES_MAX,
     KIND_APP,
+    KIND_FETCH,
+    KIND_FETCHED,
     KIND_HELLO,
     KIND_PING,
     KIND_PONG,
@@ -30,19 +34,29 @@ from dledger.wire import (
     MESSAGE_BYTES_MAX,
     NONCE_BYTES,
     PROTOCOL_VERSION,
+    PROTOCOL_VERSION_MIN,
+    Fetch,
+    Fetched,
     Hello,
     MessageReader,
     Received,
     WireError,
+    agree_version,
+    decode_fetch,
+    decode_fetched,
     decode_hello,
     decode_raft,
     encode,
+    encode_fetch,
+    encode_fetched,
     encode_raft,
+    hello_fields,
     is_proof,
     prove,
 )
 from runtime.logs import Logger
 from runtime.model import Env, Listener, Stream
+from runtime.net import give_up_after
 
 RECONNECT_SECONDS_MIN = 0.020
 RECONNECT_SECONDS_MAX = 1.0
@@ -53,9 +67,14 @@ HANDSHAKE_SECONDS_MAX = 2.0
 PING_AFTER_SECONDS = 1.0
 SILENT_SECONDS_MAX = 5.0
 """A dialled connection that answers nothing for so long is dead, whatever TCP says."""
+UNANSWERED_SECONDS_MAX = 2.0
+"""How long bytes may stay unacknowledged before the system gives a connection up (raft.md 4.14)."""
 QUEUE_BYTES_MAX = 16 * 1024 * 1024
 QUEUE_MESSAGES_MAX = 1024
 APP_QUEUE_BYTES_MAX = 64 * 1024 * 1024
+BULK_PIECE_BYTES_MAX = 256 * 1024
+"""Largest piece of an answer to a fetch: so much may be before a heartbeat."""
+BULK_QUEUE_BYTES_MAX = 256 * 1024
 HARD_LOSS_ATTEMPTS = 3
 COMPLAINT_SECONDS = 60.0
 INCOMING_MAX = 64
@@ -76,6 +95,17 @@ class PeerEvents(Protocol):
     def pump(self) -> None: ...
 
 
+class Fetching(Protocol):
+    """Who asks peers for parts of their logs, and answers when they ask."""
+
+    def on_fetch(self, link: Link, fetch: Fetch) -> None: ...
+
+    def on_fetched(self, peer: str, fetched: Fetched, raw: bytes) -> None: ...
+
+    def on_unreachable(self, peer: str) -> None:
+        """What is under way to this peer will not be answered."""
+
+
 class Refused(Exception):
     """The other side is not who it should be, or will not have us. The message is for the log."""
 
@@ -83,8 +113,12 @@ class Refused(Exception):
 class Link:
     """One authenticated connection to a peer."""
 
-    def __init__(self, peer: str, stream: Stream, reader: MessageReader, now: float) -> None:
+    def __init__(
+        self, peer: str, stream: Stream, reader: MessageReader, now: float, version: int = PROTOCOL_VERSION
+    ) -> None:
         self.peer = peer
+        self.version = version
+        """The protocol version of this connection."""
         self.stream = stream
         self.reader = reader
         self.since = now
@@ -93,42 +127,78 @@ class Link:
         self.is_closed = False
         self.dropped = 0
         self._urgent: deque[list[Buffer]] = deque()
-        self._queue: deque[tuple[list[Buffer], int, bool]] = deque()
+        self._queue: deque[tuple[list[Buffer], int]] = deque()
         self._queued_bytes = 0
         self._app: deque[list[Buffer]] = deque()
         self._app_bytes = 0
+        self._bulk: deque[tuple[list[Buffer], int]] = deque()
+        self._bulk_bytes = 0
+        self._bulk_room = trio.Event()
         self._rest: list[Buffer] = []
         self._is_writing = False
         self._writer: trio.lowlevel.Task | None = None
 
     @property
     def _has_backlog(self) -> bool:
-        return self._is_writing or bool(self._rest or self._queue or self._urgent or self._app)
+        return self._is_writing or bool(self._rest or self._queue or self._urgent or self._app or self._bulk)
 
     def send(self, message: Message) -> None:
         """Send now, or queue. Votes pass what is queued; of too much, the oldest Append goes. Order is kept otherwise:
         a heartbeat must not arrive before the entries it names as predecessor.
         """
-        parts = encode_raft(message)
+        parts = encode_raft(message, self.version)
         if not self._has_backlog:
             self._send_now(parts)
             return
         kind = type(message)
         if kind is not Append and kind is not AppendReply:
-            if len(self._urgent) >= QUEUE_MESSAGES_MAX:
-                self._urgent.popleft()
-                self.dropped += 1
-            self._urgent.append(parts)
+            self._send_urgent(parts)
+            return
+        nbytes = sum(map(len, parts))
+        self._queue.append((parts, nbytes))
+        self._queued_bytes += nbytes
+        while len(self._queue) > 1 and (self._queued_bytes > QUEUE_BYTES_MAX or len(self._queue) > QUEUE_MESSAGES_MAX):
+            self._queued_bytes -= self._queue.popleft()[1]
+            self.dropped += 1
+        self._wake_writer()
+
+    def _send_urgent(self, parts: list[Buffer]) -> None:
+        if len(self._urgent) >= QUEUE_MESSAGES_MAX:
+            self._urgent.popleft()
+            self.dropped += 1
+        self._urgent.append(parts)
+        self._wake_writer()
+
+    def send_fetch(self, fetch: Fetch) -> bool:
+        """Ask; False where the peer's protocol version has no fetches."""
+        if self.version < 2 or self.is_closed:
+            return False
+        parts = encode_fetch(fetch)
+        if self._has_backlog:
+            self._send_urgent(parts)
+        else:
+            self._send_now(parts)
+        return not self.is_closed
+
+    async def send_fetched(self, fetched: Fetched, raw: Buffer = b"") -> bool:
+        """A piece of an answer, of at most BULK_PIECE_BYTES_MAX; everything else passes it. False when the connection
+        has gone. Checkpoint: waits while earlier pieces wait.
+        """
+        await trio.lowlevel.checkpoint()
+        while self._bulk_bytes >= BULK_QUEUE_BYTES_MAX and not self.is_closed:
+            self._bulk_room = trio.Event()
+            await self._bulk_room.wait()
+        if self.is_closed:
+            return False
+        parts = encode_fetched(fetched, raw)
+        if not self._has_backlog:
+            self._send_now(parts)
         else:
             nbytes = sum(map(len, parts))
-            self._queue.append((parts, nbytes, kind is Append))
-            self._queued_bytes += nbytes
-            while len(self._queue) > 1 and (
-                self._queued_bytes > QUEUE_BYTES_MAX or len(self._queue) > QUEUE_MESSAGES_MAX
-            ):
-                self._queued_bytes -= self._queue.popleft()[1]
-                self.dropped += 1
-        self._wake_writer()
+            self._bulk.append((parts, nbytes))
+            self._bulk_bytes += nbytes
+            self._wake_writer()
+        return not self.is_closed
 
     def send_app(self, payload: bytes) -> bool:
         """False when the queue is full."""
@@ -178,17 +248,22 @@ class Link:
         if self._urgent:
             return self._urgent.popleft()
         if self._queue:
-            parts, nbytes, _ = self._queue.popleft()
+            parts, nbytes = self._queue.popleft()
             self._queued_bytes -= nbytes
             return parts
-        parts = self._app.popleft()
-        self._app_bytes -= len(parts[-1])
+        if self._app:
+            parts = self._app.popleft()
+            self._app_bytes -= len(parts[-1])
+            return parts
+        parts, nbytes = self._bulk.popleft()
+        self._bulk_bytes -= nbytes
+        self._bulk_room.set()
         return parts
 
     async def write_queued(self) -> None:
         """The writer task: sends what `send` had to leave behind. Ends when the connection breaks."""
         while True:
-            while self._rest or self._urgent or self._queue or self._app:
+            while self._rest or self._urgent or self._queue or self._app or self._bulk:
                 self._is_writing = True
                 try:
                     await self.stream.send_parts(self._next())
@@ -208,28 +283,78 @@ class Link:
         """At once; the reader then sees the end of the stream."""
         if not self.is_closed:
             self.is_closed = True
+            self._bulk_room.set()
             self.stream.abort()
 
 
 class Peers:
     """The member's side of all its connections. `run` is one service; the rest is synchronous."""
 
-    def __init__(self, env: Env, config: GroupConfig, identity: Format, log: Logger, events: PeerEvents) -> None:
+    def __init__(
+        self,
+        env: Env,
+        config: GroupConfig,
+        identity: Format,
+        log: Logger,
+        events: PeerEvents,
+        fetching: Fetching | None = None,
+        *,
+        versions: tuple[int, int] = (PROTOCOL_VERSION_MIN, PROTOCOL_VERSION),
+    ) -> None:
+        """`versions`: the oldest and the newest protocol version to speak."""
         self._env = env
         self._config = config
         self._identity = identity
         self._log = log
         self._events = events
+        self._fetching = fetching
+        self._versions = versions
         self._rng = env.rng(f"peers/{config.group}/{config.node_id}")
         self._monotonic = env.clock.monotonic
         self._dialled: dict[str, Link] = {}
         self._accepted: dict[str, Link] = {}
         self._complaints: dict[tuple[str, str], float] = {}
-        self._others = [name for name in sorted(config.peers) if name != config.node_id]
+        self._addresses: dict[str, Address] = {}
+        """Whom to dial, and where."""
+        self._known: frozenset[str] = frozenset()
+        self._dialling: dict[str, trio.CancelScope] = {}
+        self._nursery: trio.Nursery | None = None
         self._handshakes = trio.CapacityLimiter(INCOMING_MAX)
+        self.set_members(dict(config.peers))
 
     def is_connected(self, peer: str) -> bool:
         return peer in self._dialled
+
+    @property
+    def oldest_version(self) -> int:
+        """The lowest protocol version in use on any connection; ours where there is none."""
+        links = [*self._dialled.values(), *self._accepted.values()]
+        return min([self._versions[1], *(link.version for link in links)])
+
+    def set_members(self, addresses: Mapping[str, Address]) -> None:
+        """The members in force, and where they take connections: new ones are dialled, those that went are let go.
+
+        A member whose address is not known is dialled where the configuration says. Who was configured, or is a
+        member, may call: one that was removed must be able to learn it.
+        """
+        config = self._config
+        wanted: dict[str, Address] = {}
+        for name in sorted(addresses):
+            address = addresses[name] or config.peers.get(name)
+            if name != config.node_id and address:
+                wanted[name] = address
+        gone = [name for name in self._addresses if name not in wanted]
+        added = [name for name in wanted if name not in self._addresses]
+        self._addresses = wanted
+        self._known = frozenset([*config.peers, *addresses])
+        for name in gone:
+            self._dialling.pop(name, trio.CancelScope()).cancel()
+            for link in (self._dialled.get(name), self._accepted.get(name)):
+                if link is not None:
+                    link.close()
+        if self._nursery is not None:
+            for name in added:
+                self._nursery.start_soon(self._keep_dialled, name)
 
     def send(self, peer: str, message: Message) -> None:
         """Answers on the connection the question came by, everything else on our own. Dropped when there is none."""
@@ -238,6 +363,15 @@ class Peers:
         link = links.get(peer)
         if link is not None:
             link.send(message)
+
+    def send_fetch(self, peer: str, fetch: Fetch) -> bool:
+        """Ask a peer for a part of its log. False when not connected, or it speaks version 1."""
+        link = self._dialled.get(peer)
+        return link is not None and link.send_fetch(fetch)
+
+    def fetchable(self) -> list[str]:
+        """Peers that can be asked for parts of their logs now."""
+        return [peer for peer, link in sorted(self._dialled.items()) if link.version >= 2 and not link.is_closed]
 
     def send_app(self, peer: str, payload: bytes) -> bool:
         """False when not connected, too large, or the queue is full."""
@@ -256,8 +390,9 @@ class Peers:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._accept, listener)
             nursery.start_soon(self._watch)
-            for peer in self._others:
+            for peer in self._addresses:
                 nursery.start_soon(self._keep_dialled, peer)
+            self._nursery = nursery
 
     def _complain(self, who: str, what: str) -> None:
         """One line per peer and reason, not one per attempt."""
@@ -272,7 +407,12 @@ class Peers:
     # Dialling
 
     async def _keep_dialled(self, peer: str) -> None:
-        host, port = self._config.peers[peer]
+        """Until the peer is a member no more."""
+        with trio.CancelScope() as scope:
+            self._dialling[peer] = scope
+            await self._dial_for_ever(peer)
+
+    async def _dial_for_ever(self, peer: str) -> None:
         pause = quarrel_pause = RECONNECT_SECONDS_MIN
         is_lost_told = False
         since_loss = HARD_LOSS_ATTEMPTS
@@ -280,7 +420,7 @@ class Peers:
             refused = False
             link = None
             try:
-                stream = await self._env.net.dial(host, port, timeout=DIAL_SECONDS_MAX)
+                stream = await self._env.net.dial(*self._addresses[peer], timeout=DIAL_SECONDS_MAX)
                 link = await self._introduce(peer, stream)
             except ConnectionRefusedError:
                 refused = True
@@ -323,11 +463,13 @@ class Peers:
             await self._serve(link)
         finally:
             del self._dialled[peer]
+            if self._fetching is not None:
+                self._fetching.on_unreachable(peer)
 
     def _hello(self, to: str) -> Hello:
         identity = self._identity
         return Hello(
-            PROTOCOL_VERSION,
+            self._versions[0],
             identity.cluster,
             identity.cluster_uuid,
             identity.group,
@@ -337,13 +479,19 @@ class Peers:
             self._env.ids.boot_id,
             identity.segment_bytes,
             self._env.ids.salt(NONCE_BYTES),
+            self._versions[1],
         )
 
-    def _check(self, theirs: Hello, expected_id: str | None) -> None:
-        """Raises Refused, with a reason an operator understands."""
+    def _check(self, ours: Hello, theirs: Hello, expected_id: str | None) -> int:
+        """The protocol version to use. Raises Refused, with a reason an operator understands."""
         identity = self._identity
+        version = agree_version(ours, theirs)
+        if version is None:
+            raise Refused(
+                f"it speaks protocol versions {theirs.version} to {theirs.version_max}, this node {ours.version} to"
+                f" {ours.version_max}"
+            )
         for what, there, here in (
-            ("protocol version", theirs.version, PROTOCOL_VERSION),
             ("cluster", theirs.cluster, identity.cluster),
             ("cluster uuid", theirs.cluster_uuid, identity.cluster_uuid),
             ("group", theirs.group, identity.group),
@@ -353,31 +501,33 @@ class Peers:
         ):
             if there != here:
                 raise Refused(f"its {what} is {there!r}, ours {here!r}")
-        if theirs.node_id not in self._others:
+        if theirs.node_id == identity.node_id or theirs.node_id not in self._known:
             raise Refused(f"{theirs.node_id!r} is not another member of group {identity.group}")
         if expected_id is not None and theirs.node_id != expected_id:
             raise Refused(f"{theirs.node_id!r} answers where {expected_id!r} should be")
         if len(theirs.nonce) != NONCE_BYTES:
             raise Refused("its nonce has the wrong size")
+        return version
 
     async def _introduce(self, peer: str, stream: Stream) -> Link:
         """The dialling side of the handshake. Raises Refused, WireError or trio's errors; the stream is closed then."""
         reader = MessageReader()
+        give_up_after(stream, UNANSWERED_SECONDS_MAX)
         try:
             with self._env.clock.fail_after(HANDSHAKE_SECONDS_MAX):
                 hello = self._hello(peer)
-                await stream.send_parts(encode(KIND_HELLO, _fields(hello)))
+                await stream.send_parts(encode(KIND_HELLO, hello_fields(hello, self._versions[1])))
                 answer = await _receive_one(stream, reader)
                 if answer.kind == KIND_REFUSED:
                     raise Refused("refused us: " + " ".join(str(field) for field in answer.fields[:1]))
                 if answer.kind != KIND_WELCOME or len(answer.fields) != 2:
                     raise Refused("answers with something else than a welcome")
                 welcome = decode_hello(Received(KIND_WELCOME, answer.fields[0], answer.raw))
-                self._check(welcome, peer)
+                version = self._check(hello, welcome, peer)
                 secret = self._config.secret
-                if not is_proof(prove(secret, b"accept", hello, welcome), answer.fields[1]):
+                if not is_proof(prove(secret, b"accept", hello, welcome, version), answer.fields[1]):
                     raise Refused("does not know our secret")
-                await stream.send_parts(encode(KIND_PROOF, (prove(secret, b"dial", hello, welcome),)))
+                await stream.send_parts(encode(KIND_PROOF, (prove(secret, b"dial", hello, welcome, version),)))
                 answer = await _receive_one(stream, reader)
                 if answer.kind != KIND_PONG:
                     raise Refused("refused us: " + " ".join(str(field) for field in answer.fields[:1]))
@@ -385,7 +535,7 @@ class Peers:
             stream.abort()
             raise
         reader.limit = MESSAGE_BYTES_MAX
-        return Link(peer, stream, reader, self._monotonic())
+        return Link(peer, stream, reader, self._monotonic(), version)
 
     # Accepting
 
@@ -425,22 +575,24 @@ class Peers:
     async def _admit(self, stream: Stream) -> Link:
         """The accepting side of the handshake."""
         reader = MessageReader()
+        give_up_after(stream, UNANSWERED_SECONDS_MAX)
         with self._env.clock.fail_after(HANDSHAKE_SECONDS_MAX):
             first = await _receive_one(stream, reader)
             if first.kind != KIND_HELLO:
                 raise Refused("does not begin with a hello")
             hello = decode_hello(first)
             try:
-                self._check(hello, None)
                 welcome = self._hello(hello.node_id)
+                version = self._check(welcome, hello, None)
                 secret = self._config.secret
+                fields = hello_fields(welcome, self._versions[1])
                 await stream.send_parts(
-                    encode(KIND_WELCOME, (_fields(welcome), prove(secret, b"accept", hello, welcome)))
+                    encode(KIND_WELCOME, (fields, prove(secret, b"accept", hello, welcome, version)))
                 )
                 proof = await _receive_one(stream, reader)
                 if proof.kind != KIND_PROOF or len(proof.fields) != 1:
                     raise Refused("does not prove who it is")
-                if not is_proof(prove(secret, b"dial", hello, welcome), proof.fields[0]):
+                if not is_proof(prove(secret, b"dial", hello, welcome, version), proof.fields[0]):
                     raise Refused("does not know our secret")
             except Refused as error:
                 with suppress(trio.BrokenResourceError):
@@ -448,7 +600,7 @@ class Peers:
                 raise
             await stream.send_parts(encode(KIND_PONG, ()))
         reader.limit = MESSAGE_BYTES_MAX
-        return Link(hello.node_id, stream, reader, self._monotonic())
+        return Link(hello.node_id, stream, reader, self._monotonic(), version)
 
     # Both
 
@@ -475,22 +627,25 @@ class Peers:
                 if not data:
                     return
                 link.last_received = monotonic()
-                arrived = [
-                    (received, decode_raft(received) if received.kind < KIND_APP else None) for received in feed(data)
-                ]
+                arrived = [(received, _decode(link, received)) for received in feed(data)]
             except trio.BrokenResourceError as error:
                 self._log.debug("peer connection broke", peer=peer, reason=str(error))
                 return
             except WireError as error:
                 self._complain(peer, str(error))
                 return
-            for received, message in arrived:
-                if message is not None:
-                    events.on_message(peer, message)
-                elif received.kind == KIND_APP:
+            for received, decoded in arrived:
+                kind = received.kind
+                if kind < KIND_APP:
+                    events.on_message(peer, decoded)
+                elif kind == KIND_APP:
                     events.on_app_message(peer, bytes(received.raw))
-                elif received.kind == KIND_PING:
+                elif kind == KIND_PING:
                     link.send_control(KIND_PONG)
+                elif self._fetching is not None and kind == KIND_FETCH:
+                    self._fetching.on_fetch(link, decoded)
+                elif self._fetching is not None and kind == KIND_FETCHED:
+                    self._fetching.on_fetched(peer, decoded, bytes(received.raw))
             events.pump()
 
     async def _watch(self) -> None:
@@ -508,19 +663,16 @@ class Peers:
                     link.close()
 
 
-def _fields(hello: Hello) -> tuple[object, ...]:
-    return (
-        hello.version,
-        hello.cluster,
-        hello.cluster_uuid,
-        hello.group,
-        hello.group_uuid,
-        hello.node_id,
-        hello.to,
-        hello.boot,
-        hello.segment_bytes,
-        hello.nonce,
-    )
+def _decode(link: Link, received: Received) -> Any:
+    """What a message says, where it is not just bytes. Raises WireError."""
+    kind = received.kind
+    if kind < KIND_APP:
+        return decode_raft(received)
+    if kind not in (KIND_FETCH, KIND_FETCHED):
+        return None
+    if link.version < 2:
+        raise WireError(f"a message of kind {kind} in protocol version {link.version}")
+    return decode_fetch(received) if kind == KIND_FETCH else decode_fetched(received)
 
 
 async def _receive_one(stream: Stream, reader: MessageReader) -> Received:

@@ -134,6 +134,28 @@ class TcpStream:
             trio.lowlevel.notify_closing(self._socket)
             self._socket.close()
 
+    def give_up_after(self, seconds: float) -> None:
+        """See the function of this name."""
+        options = [(socket.SOL_SOCKET, "SO_KEEPALIVE", 1)]
+        tcp = socket.IPPROTO_TCP
+        options += [(tcp, "TCP_KEEPIDLE", 1), (tcp, "TCP_KEEPINTVL", 1), (tcp, "TCP_KEEPCNT", max(1, int(seconds)))]
+        options.append((tcp, "TCP_USER_TIMEOUT", int(seconds * 1000)))
+        for level, name, value in options:
+            option = getattr(socket, name, None)  # macOS has not all of them
+            if option is not None:
+                try:
+                    self._socket.setsockopt(level, option, value)
+                except OSError:
+                    return  # gone already: the next send or receive says so
+
+
+def give_up_after(stream: Stream, seconds: float) -> None:
+    """Let a connection break when what was sent stays unacknowledged, or probes of an idle one unanswered, for about
+    so long: a host that lost its power closes nothing. Where the stream is no TCP connection, nothing is done.
+    """
+    if isinstance(stream, TcpStream):
+        stream.give_up_after(seconds)
+
 
 class TcpListener:
     """`runtime.model.Listener` over one listening socket."""
