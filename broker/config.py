@@ -29,6 +29,8 @@ class BrokerConfig:
     namesrv: tuple[str, ...]
     group: GroupConfig
     data_dir: str
+    metrics: tuple[str, int] | None = None
+    """Where measurements are served over HTTP, for Prometheus; nowhere when None."""
 
     auto_create_topic: bool = True
     auto_create_group: bool = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Final
 
 import trio
@@ -98,6 +99,7 @@ class BrokerNode:
         self.broker.when_registered = self.state.when_registered = self.registration.when_registered
         self.address: tuple[str, int] | None = None
         """Where it listens, once it runs."""
+        self.metrics_address: tuple[str, int] | None = None
         self._listener = listener
         self._stop_wanted = trio.Event()
         self._drain_s = 0.0
@@ -155,7 +157,9 @@ class BrokerNode:
     async def _listen(self) -> Listener:
         if self._listener is not None:
             return self._listener
-        host, port = self.config.listen
+        return await self._listen_at(*self.config.listen)
+
+    async def _listen_at(self, host: str, port: int) -> Listener:
         try:
             return await self.env.net.listen(host, port)
         except OSError as error:
@@ -174,6 +178,8 @@ class BrokerNode:
             for _ in range(COLD_READERS):
                 nursery.start_soon(self.pull.read_cold_forever)
             nursery.start_soon(self._keep_house)
+            if self.config.metrics is not None:
+                await nursery.start(self._serve_metrics, *self.config.metrics)
             server = await nursery.start(self._serve, listener)
             nursery.start_soon(self.registration.run)
             running()
@@ -201,6 +207,17 @@ class BrokerNode:
         self, listener: Listener, task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED
     ) -> None:
         await serve(self.env, listener, self.router, log=self.log, task_status=task_status)
+
+    async def _serve_metrics(
+        self, host: str, port: int, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        from broker.metrics import metrics_page  # only the nodes that are asked for it pay for these
+        from runtime.metrics import serve_metrics
+
+        listener = await self._listen_at(host, port)
+        self.metrics_address = listener.address
+        page = partial(metrics_page, self.broker)
+        await serve_metrics(self.env, listener, page, self.log, task_status=task_status)
 
     async def stop(self, drain_s: float | None = None) -> None:
         """Hand leadership over, go on forwarding for `drain_s` seconds (the configured ones when None), then end `run`.
