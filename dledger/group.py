@@ -6,7 +6,6 @@ await nursery.start(group.run)
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,8 +15,8 @@ from attrs import evolve
 from dledger.config import GroupConfig
 from dledger.core.errors import LocalError
 from dledger.core.raft import Raft
-from dledger.core.types import HEADER_BYTES, EntryType, HardState, Role
-from dledger.driver import APPLY_SECONDS_MAX, Driver, Staged
+from dledger.core.types import HEADER_BYTES, HardState, Role
+from dledger.driver import APPLY_SECONDS_MAX, Driver, Replay
 from dledger.errors import CoreStopped, FormatError, LedgerError, LogDamaged, NotLeader, Overloaded, TooLarge
 from dledger.machine import EntryView, GroupStatistics, StateMachine
 from dledger.open_batch import OpenBatch
@@ -157,7 +156,7 @@ class RaftGroup:
             recovering=recovering,
         )
         await meta.save_started(boot)
-        staged, applied_index = await self._replay(store, recovered.commit_hint)
+        replay, applied_index, covers = await self._replay(store, recovered.commit_hint, identity.segment_bytes)
         listener = self._listener
         if listener is None:
             listener = await env.net.listen(*config.listen_address)
@@ -170,20 +169,21 @@ class RaftGroup:
             store=store,
             meta=meta,
             batch=self._batch,
-            make_core=lambda now: Raft(
+            make_core=lambda now, log: Raft(
                 config.node_id,
                 config.peers,
                 raft_config,
                 env.rng(f"raft/{config.group}/{config.node_id}"),
                 HardState(saved.term, saved.vote),
-                store,
+                log,
                 now,
                 commit_index=applied_index,
                 recovering=recovering,
             ),
             make_peers=lambda driver: Peers(env, config, identity, self._log, driver),
-            staged=staged,
+            replay=replay,
             applied_index=applied_index,
+            checkpoint_index=covers,
             segment_bytes=identity.segment_bytes,
         )
         self._driver = driver
@@ -205,8 +205,9 @@ class RaftGroup:
         await store.close()
         await meta.save_mark(store.durable_index, clean=True)
 
-    async def _replay(self, store: LogStore, commit_hint: int) -> tuple[deque[Staged], int]:
-        """Bring the machine to what is known to be committed; stage, but do not apply, what lies behind."""
+    async def _replay(self, store: LogStore, commit_hint: int, segment_bytes: int) -> tuple[Replay, int, int]:
+        """Bring the machine to what is known to be committed; stage, but do not apply, what lies behind. Returns also
+        the applied index, and what the checkpoint covers."""
         machine = self.machine
         checkpoint = read_checkpoint(self._env.files, self.config.data_dir)
         covers, blob = (checkpoint.index, checkpoint.blob) if checkpoint is not None else (0, None)
@@ -223,25 +224,20 @@ class RaftGroup:
         covered = max(covered, store.first_index - 1)
         # What a checkpoint covers was committed.
         applied_index = max(covered, covers, commit_hint)
-        staged: deque[Staged] = deque()
+        replay = Replay(machine, segment_bytes)
         index = covered + 1
         slice_end = self._env.clock.monotonic() + APPLY_SECONDS_MAX
         while index <= store.last_index:
             entries = store.entries(index, REPLAY_BYTES)
             for entry in entries:
-                if entry.type == EntryType.DATA:
-                    view = machine.stage(EntryView(entry))
-                    if entry.index <= applied_index:
-                        machine.apply(entry.index, entry.term, view)
-                    else:
-                        staged.append(Staged(entry, view, False, 0.0))
+                replay.show(entry, applied_index)
                 if self._env.clock.monotonic() > slice_end:
                     machine.turn_done()
                     await trio.lowlevel.checkpoint()
                     slice_end = self._env.clock.monotonic() + APPLY_SECONDS_MAX
             index = entries[-1].index + 1
         machine.turn_done()
-        return staged, applied_index
+        return replay, applied_index, covers
 
     @property
     def role(self) -> Role:
@@ -260,6 +256,11 @@ class RaftGroup:
         """Leads, and the no-op of its term is applied; False while leadership is being handed over."""
         driver = self._driver
         return driver is not None and driver.is_ready and driver.batch.leading
+
+    @property
+    def is_serving(self) -> bool:
+        """The log is replayed and takes part; False before that, and while it is repaired or installed."""
+        return self._driver is not None
 
     @property
     def first_position(self) -> int:
@@ -281,34 +282,7 @@ class RaftGroup:
         config = self.config
         if driver is None:
             return GroupStatistics(node_id=self.node_id, flush=config.flush)
-        core, store = driver.core, driver.store
-        progress = core.progress if core.is_leader else {}
-        others = [peer for peer in sorted(config.peers) if peer != self.node_id]
-        return GroupStatistics(
-            node_id=self.node_id,
-            role=driver.role,
-            term=driver.term,
-            leader_id=driver.leader_id,
-            ready=self.is_ready_leader,
-            recovering=core.recovering,
-            flush=config.flush,
-            first_index=store.first_index,
-            last_index=store.last_index,
-            written_index=store.written_index,
-            durable_index=store.durable_index,
-            commit_index=core.commit_index,
-            applied_index=driver.applied_index,
-            first_position=store.first_position,
-            committed_position=driver.committed_position,
-            end_position=store.position_end,
-            acknowledged={peer: each.written for peer, each in progress.items()},
-            lag_bytes={peer: store.position_end - store.end_of(each.written) for peer, each in progress.items()},
-            connected={peer: driver.peers.is_connected(peer) for peer in others},
-            waiting_records=driver.waiting_records,
-            disk_ok=core.is_disk_ok,
-            loop_saturation=driver.saturation,
-            counters={**driver.counters, "turns": driver.turns},
-        )
+        return driver.statistics()
 
     # The open batch: leader only, between two awaits. `reserve` and `add_record`, called once per message, are the
     # batch's own methods (see __init__).
@@ -405,6 +379,9 @@ class RaftGroup:
         Replaces the previous one atomically. Waits for the disk, so call it in a thread (`env.run_in_thread`).
         """
         write_checkpoint(self._env.files, self.config.data_dir, index, blob)
+        driver = self._driver
+        if driver is not None:
+            driver.checkpoint_saved(index)
 
 
 def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException | None:
