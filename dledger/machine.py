@@ -83,7 +83,7 @@ class StateMachine(Protocol):
     def trim(self, first_position: int) -> None:
         """A committed TRIM: nothing before this byte of the log is to be shown any more, and it goes soon.
 
-        `first_position` begins a segment, and never falls from call to call within a run; the same may come twice.
+        `first_position` begins a segment. A replay may bring one that is trimmed already: that changes nothing.
         """
 
     def trim_floor(self) -> int:

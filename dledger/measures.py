@@ -6,6 +6,8 @@ from bisect import bisect_left
 
 from attrs import frozen
 
+from dledger.core.messages import PreVoteReply
+
 BOUNDS = (
     0.000_05,
     0.000_1,
@@ -72,3 +74,37 @@ class Histogram:
 
     def snapshot(self) -> Distribution:
         return Distribution(BOUNDS, tuple(self._counts), self._total, self._maximum)
+
+
+class Measures:
+    """What one run of a group counts (raft.md 4.16)."""
+
+    def __init__(self) -> None:
+        self.write = Histogram()
+        """From handing entries to the page cache to its answer."""
+        self.fsync = Histogram()
+        self.replicate = Histogram()
+        """From a message with entries to its answer; one sample at a time for each peer."""
+        self.commit = Histogram()
+        """From the proposal of the oldest entry that a turn applies, to its application."""
+        self.apply = Histogram()
+        """What the state machine took in one turn."""
+        self.steps_down: dict[str, int] = {}
+        self.pre_votes_refused: dict[str, int] = {}
+
+    def step_down(self, reason: str) -> None:
+        """`reason` is one of the core's causes."""
+        self.steps_down[reason] = self.steps_down.get(reason, 0) + 1
+
+    def refuse_pre_vote(self, reply: PreVoteReply) -> None:
+        reason = "a leader is heard" if reply.has_leader else "the term or log is behind"
+        self.pre_votes_refused[reason] = self.pre_votes_refused.get(reason, 0) + 1
+
+    def distributions(self) -> dict[str, Distribution]:
+        return {
+            "write": self.write.snapshot(),
+            "fsync": self.fsync.snapshot(),
+            "replicate": self.replicate.snapshot(),
+            "commit": self.commit.snapshot(),
+            "apply": self.apply.snapshot(),
+        }

@@ -1,0 +1,112 @@
+"""Linearizable reads that wait for the leader's confirmation, and proposals of our own whose outcome somebody awaits.
+
+All reads of one turn share a token of the core, and so one round of replies (raft.md 4.8).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+Told = Callable[[str | None], None]
+"""Called once, in a turn of the driver: None when it is done, else the reason why not."""
+
+READS_WAITING_MAX = 10_000
+
+
+class Reads:
+    """Reads on their way: asked, in a round of the core, confirmed, and answered once the index is applied."""
+
+    def __init__(self) -> None:
+        self._asked: list[Told] = []
+        self._rounds: dict[int, list[Told]] = {}
+        self._confirmed: deque[tuple[int, list[Told]]] = deque()
+        self._refused: list[tuple[str, list[Told]]] = []
+        self._waiting = 0
+        self._next_token = 1
+
+    @property
+    def is_asked(self) -> bool:
+        """A round is to be opened."""
+        return bool(self._asked)
+
+    @property
+    def is_round_open(self) -> bool:
+        """Replies are awaited: a message must go out for them."""
+        return bool(self._rounds)
+
+    @property
+    def is_settled(self) -> bool:
+        """Something may be answered once applied, or is refused."""
+        return bool(self._confirmed or self._refused)
+
+    def ask(self, told: Told) -> None:
+        """Note a read. One too many is refused at the next `answer`."""
+        if self._waiting >= READS_WAITING_MAX:
+            self._refused.append(("too many reads wait for a confirmation", [told]))
+            return
+        self._waiting += 1
+        self._asked.append(told)
+
+    def begin_round(self) -> int:
+        """The token under which everything asked so far goes to the core."""
+        token = self._next_token
+        self._next_token += 1
+        self._rounds[token] = self._asked
+        self._asked = []
+        return token
+
+    def confirm(self, token: int, index: int) -> None:
+        """What was asked may be answered from the tables as of `index`, or later ones."""
+        self._confirmed.append((index, self._rounds.pop(token)))
+
+    def refuse(self, token: int, reason: str) -> None:
+        told = self._rounds.pop(token)
+        self._waiting -= len(told)
+        self._refused.append((reason, told))
+
+    def answer(self, applied_index: int) -> None:
+        """Tell everybody whose turn has come."""
+        refused, self._refused = self._refused, []
+        for reason, waiting in refused:
+            for told in waiting:
+                told(reason)
+        confirmed = self._confirmed
+        while confirmed and confirmed[0][0] <= applied_index:
+            waiting = confirmed.popleft()[1]
+            self._waiting -= len(waiting)
+            for told in waiting:
+                told(None)
+
+    def stop(self, reason: str) -> None:
+        """Refuse everything there is."""
+        everything = [self._asked, *self._rounds.values(), *(waiting for _, waiting in self._confirmed)]
+        self._asked, self._rounds, self._waiting = [], {}, 0
+        self._confirmed.clear()
+        self._refused.extend((reason, waiting) for waiting in everything if waiting)
+        self.answer(0)
+
+
+class Outcomes:
+    """Entries of our own whose commit somebody waits for."""
+
+    def __init__(self) -> None:
+        self._awaited: deque[tuple[int, Told]] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._awaited)
+
+    def expect(self, index: int, told: Told) -> None:
+        """Entry `index`, behind all that is expected already."""
+        self._awaited.append((index, told))
+
+    def applied(self, applied_index: int) -> None:
+        awaited = self._awaited
+        while awaited and awaited[0][0] <= applied_index:
+            awaited.popleft()[1](None)
+
+    def lost(self, reason: str) -> None:
+        """This node does not lead any more: how it ends is unknown here."""
+        awaited, self._awaited = self._awaited, deque()
+        for _, told in awaited:
+            told(reason)
