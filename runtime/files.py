@@ -293,9 +293,11 @@ class RealFiles:
             os.close(descriptor)
 
     def free_space(self, path: str) -> tuple[int, int]:
-        """(free bytes, total bytes) of the file system that holds `path`."""
+        """(free bytes, usable bytes) of the file system that holds `path`."""
         stats = os.statvfs(path)
-        return stats.f_bavail * stats.f_frsize, stats.f_blocks * stats.f_frsize
+        # What is kept for others counts as neither free nor used, as `df` has it: a share of the rest is what fills up.
+        usable = stats.f_blocks - stats.f_bfree + stats.f_bavail
+        return stats.f_bavail * stats.f_frsize, usable * stats.f_frsize
 
     def lock(self, path: str) -> AbstractContextManager[None]:
         """Hold `path` (a lock file, created if need be; inside it where `path` is a folder) until the block ends.
