@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import PurePosixPath
 
 import trio
 
@@ -34,6 +36,10 @@ def format_folder(env: Env, folder: str, identity: Format) -> None:
         files.make_dirs(sub)
     format_meta(files, folder, identity)
     files.sync_dir(folder)
+    for above in PurePosixPath(folder).parents:
+        # New folders on the way are names too: losing one with the power would forget the votes below it.
+        with suppress(OSError):  # of the system's own folders some cannot be opened, or synced
+            files.sync_dir(str(above))
     write_format(files, folder, identity)
 
 
@@ -203,7 +209,8 @@ class LogStore:
         segment = self._segment_of(index)
         position = segment.base
         while True:
-            for entry in segment.read_frames(position, self.end_of(self.written_index), _WALK_BYTES):
+            # To the segment's end: where the log ends may be what that row was to tell.
+            for entry in segment.read_frames(position, segment.end, _WALK_BYTES):
                 if entry.index == index:
                     with suppress_disk_full():
                         segment.write_rows(index, row_of(entry))
