@@ -59,6 +59,12 @@ class QuorateCluster(Cluster):
         return self._namesrv
 
     @property
+    def data(self) -> Path:
+        """The data folder while the cluster runs."""
+        assert self._folder is not None
+        return self._folder
+
+    @property
     def nodes(self) -> list[Node]:
         if self._folder is None:
             return []
