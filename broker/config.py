@@ -60,8 +60,8 @@ class BrokerConfig:
     queue_file_units: int = 300_000
     open_queue_files: int = 256
     index_segment_keys: int = field(default=65_536, validator=validators.ge(16))
-    checkpoint_interval_ms: int = 60_000
-    checkpoint_log_bytes: int = 1024 * MEBIBYTE
+    checkpoint_interval_ms: int = 10_000
+    checkpoint_log_bytes: int = 256 * MEBIBYTE
     checkpoint_meta_bytes: int = 64 * MEBIBYTE
     delay_look_ms: int = 100
 

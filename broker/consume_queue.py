@@ -2,14 +2,20 @@
 
 Units are appended in memory when their entry is applied, so nothing above the commit index is ever here; they go to
 their file each second or when 4 KiB have gathered. What is in memory is readable. At a start the files are cut to what
-the checkpoint of the tables covers, and the rest is made again by replaying the log.
+the checkpoint of the tables covers, and the rest is made again by replaying the log. Where they do not hold that, as
+after the log was taken over from another node, all are made again from what the log still holds.
+
+Trimming is a number: every queue looks for its first unit behind it when it is next asked. Files below go only once a
+checkpoint knows, so that a start never misses one it counts on.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
+
+import trio
 
 from broker.key_index import topic_seed
 from broker.records import STORE_TIMESTAMP_END, UNIT, UNIT_BYTES, store_timestamp_of
@@ -19,6 +25,8 @@ from runtime.model import File, Files
 
 LOWER: Final = "LOWER"
 UPPER: Final = "UPPER"
+SETTLED_AT_ONCE: Final = 64
+"""Queues that look for their minimum before others get the loop."""
 
 
 class LogReader(Protocol):
@@ -26,8 +34,14 @@ class LogReader(Protocol):
 
     def read(self, physical_offset: int, nbytes: int) -> memoryview | None: ...
 
-    @property
-    def first_position(self) -> int: ...
+
+class NotAtHand(Exception):
+    """The head of a message has to be read from the disk first: `nbytes` at `physical_offset`."""
+
+    def __init__(self, physical_offset: int, nbytes: int) -> None:
+        super().__init__(f"{nbytes} bytes at {physical_offset} are not in memory")
+        self.physical_offset = physical_offset
+        self.nbytes = nbytes
 
 
 class QueueState:
@@ -38,10 +52,12 @@ class QueueState:
         "gone",
         "index_seed",
         "is_schedule",
+        "last_position",
         "max_offset",
         "min_offset",
         "next_offset",
         "queue_id",
+        "settled_to",
         "tail",
         "tail_offset",
         "topic",
@@ -60,6 +76,10 @@ class QueueState:
         self.min_offset = 0
         self.max_offset = 0
         self.next_offset = 0
+        self.settled_to = 0
+        """`min_offset` is right for a log trimmed to here."""
+        self.last_position = -1
+        """Physical offset in the newest unit that is in a file; -1 for none."""
         self.tail = bytearray()
         self.tail_offset = 0
         """Queue offset of the first unit in `tail`; all before are in files."""
@@ -74,7 +94,7 @@ class QueueState:
 
 
 class QueueFilesShort(Exception):
-    """The files hold less than the checkpoint says: it cannot be used."""
+    """The files do not hold what the checkpoint says: they must be made again from the log."""
 
 
 class _OpenFiles:
@@ -138,6 +158,9 @@ class QueueTable:
         """The queues records are staged into. A deleted topic's queues leave it when the deletion is staged."""
         self._dirty: list[QueueState] = []
         self._log: LogReader | None = None
+        self._trimmed_to = 0
+        self._shrunk: dict[QueueState, None] = {}
+        """Queues whose minimum was raised since the last checkpoint: files of theirs may go with the next one."""
         self._trash_count = 0
 
     def attach(self, log: LogReader) -> None:
@@ -185,11 +208,15 @@ class QueueTable:
         """The topic's deletion is committed: its queues and files go. The files are only renamed here."""
         for queue in removed:
             queue.gone = True
+            self._shrunk.pop(queue, None)
             queue.tail = bytearray()
             queue.unsynced.clear()
         self._topics.pop(topic, None)
         self._open.forget(f"{self.folder}/{topic}/")
-        path = f"{self.folder}/{topic}"
+        self._throw_away(f"{self.folder}/{topic}")
+
+    def _throw_away(self, path: str) -> None:
+        """Only a rename; maintenance removes what is in the trash, off the loop."""
         if self._files.exists(path):
             self._files.make_dirs(self._trash)
             self._trash_count += 1
@@ -201,14 +228,17 @@ class QueueTable:
 
     @property
     def trash(self) -> str:
-        """Folder of deleted topics' files, emptied by maintenance."""
+        """Folder of files that belong to nothing any more, emptied by maintenance."""
         return self._trash
 
     # ------------------------------------------------------------------------------------------------------ reading
 
     def _get(self, topic: str, queue_id: int) -> QueueState | None:
         queues = self._topics.get(topic)
-        return queues.get(queue_id) if queues is not None else None
+        queue = queues.get(queue_id) if queues is not None else None
+        if queue is not None and queue.settled_to < self._trimmed_to:
+            self._settle(queue)
+        return queue
 
     def exists(self, topic: str, queue_id: int) -> bool:
         """Some committed message was stored in this queue."""
@@ -233,7 +263,10 @@ class QueueTable:
         for topic in sorted(self._topics):
             queues = self._topics[topic]
             for queue_id in sorted(queues):
-                yield queues[queue_id]
+                queue = queues[queue_id]
+                if queue.settled_to < self._trimmed_to:
+                    self._settle(queue)
+                yield queue
 
     def units(self, topic: str, queue_id: int, from_offset: int, max_units: int) -> bytes:
         """Up to `max_units` committed units from `from_offset` on, back to back; b"" where there are none.
@@ -290,28 +323,37 @@ class QueueTable:
     # ------------------------------------------------------------------------------------------------ search by time
 
     def store_time_at(self, topic: str, queue_id: int, offset: int) -> int:
-        """Store time (ms) of the message at a queue offset; -1 when it is not there."""
+        """Store time (ms) of the message at a queue offset; -1 when it is not there, or not in memory."""
         queue = self._get(topic, queue_id)
         if queue is None or not queue.min_offset <= offset < queue.max_offset:
             return -1
-        return self._store_time(queue, offset)
+        try:
+            return self._store_time(queue, offset, {})
+        except NotAtHand:
+            return -1
 
     def earliest_store_time(self, topic: str, queue_id: int) -> int:
-        """Store time (ms) of the queue's first message; -1 when it has none."""
+        """Store time (ms) of the queue's first message; -1 as for `store_time_at`."""
         return self.store_time_at(topic, queue_id, self.min_offset(topic, queue_id))
 
-    def _store_time(self, queue: QueueState, offset: int) -> int:
-        if self._log is None:
-            return -1
+    def _store_time(self, queue: QueueState, offset: int, known: dict[int, int]) -> int:
         physical_offset, size, _tags = self.unit(queue, offset)
-        head = self._log.read(physical_offset, min(size, STORE_TIMESTAMP_END))
-        return store_timestamp_of(head) if head is not None else -1
+        nbytes = min(size, STORE_TIMESTAMP_END)
+        head = self._log.read(physical_offset, nbytes) if self._log is not None else None
+        if head is not None:
+            return store_timestamp_of(head)
+        if physical_offset not in known:
+            raise NotAtHand(physical_offset, nbytes)
+        return known[physical_offset]
 
-    def search_by_time(self, topic: str, queue_id: int, timestamp_ms: int, boundary: str = LOWER) -> int:
+    def search_by_time(
+        self, topic: str, queue_id: int, timestamp_ms: int, boundary: str = LOWER, known: dict[int, int] | None = None
+    ) -> int:
         """The queue offset for a store time, by binary search (semantics.md 4).
 
         LOWER: the first message at or after it, the maximum if all are older. UPPER: the last one at or before it,
-        the maximum - 1 if all are older, 0 if all are younger.
+        the maximum - 1 if all are older, 0 if all are younger. `known` are store times by physical offset that the
+        caller has read. Raises NotAtHand where one more is needed: a guess would send the consumer past messages.
         """
         queue = self._get(topic, queue_id)
         if queue is None or queue.max_offset == queue.min_offset:
@@ -320,7 +362,7 @@ class QueueTable:
         upper = boundary.upper() == UPPER
         while low < high:
             middle = (low + high) // 2
-            time = self._store_time(queue, middle)
+            time = self._store_time(queue, middle, known or {})
             if time < timestamp_ms or (upper and time == timestamp_ms):
                 low = middle + 1
             else:
@@ -356,6 +398,7 @@ class QueueTable:
             at += nbytes
             done += nbytes
         queue.tail_offset += len(tail) // UNIT_BYTES
+        queue.last_position = int.from_bytes(tail[-UNIT_BYTES : 8 - UNIT_BYTES])
         queue.tail = bytearray()
 
     def flush(self) -> None:
@@ -383,35 +426,36 @@ class QueueTable:
                     file.close()
 
     def bounds(self) -> list[list[object]]:
-        """[topic, queue id, min, max] of every queue, for the checkpoint."""
-        return [[queue.topic, queue.queue_id, queue.min_offset, queue.max_offset] for queue in self]
+        """[topic, queue id, min, max, position of the last message] of every queue, for the checkpoint; after `flush`.
 
-    def restore(self, bounds: list[list[object]]) -> None:
-        """Cut the files to what a checkpoint covers; queues it does not know go altogether.
+        The position tells the files of a topic that was deleted and made again from those that are meant.
+        """
+        return [
+            [queue.topic, queue.queue_id, queue.min_offset, queue.max_offset, queue.last_position] for queue in self
+        ]
 
-        Raises QueueFilesShort where files hold less than that; nothing is removed then.
+    def restore(self, bounds: list[list[Any]]) -> None:
+        """Cut the files to what a checkpoint covers; queues it does not know go altogether. Before anything else.
+
+        Raises QueueFilesShort where the files do not hold that; nothing is removed then.
         """
         wanted: dict[str, dict[int, QueueState]] = {}
-        for topic, queue_id, minimum, maximum in bounds:
-            assert isinstance(topic, str)
-            assert isinstance(queue_id, int)
-            assert isinstance(minimum, int)
-            assert isinstance(maximum, int)
+        for topic, queue_id, minimum, maximum, last_position in bounds:
             queue = QueueState(topic, queue_id)
             queue.min_offset = minimum
             queue.max_offset = queue.next_offset = queue.tail_offset = maximum
-            if minimum < maximum and not self._holds(queue):
-                raise QueueFilesShort(f"{topic} {queue_id} up to {maximum}")
+            if minimum < maximum:
+                self._check(queue, last_position)
             wanted.setdefault(topic, {})[queue_id] = queue
         for topic in self._files.listdir(self.folder):
             queues = wanted.get(topic)
             if queues is None:
-                self._files.remove_tree(f"{self.folder}/{topic}")
+                self._throw_away(f"{self.folder}/{topic}")
                 continue
             for name in self._files.listdir(f"{self.folder}/{topic}"):
                 kept = queues.get(int(name)) if name.isdecimal() else None
                 if kept is None:
-                    self._files.remove_tree(f"{self.folder}/{topic}/{name}")
+                    self._throw_away(f"{self.folder}/{topic}/{name}")
                 else:
                     self._cut(kept)
         for queues in wanted.values():
@@ -419,11 +463,21 @@ class QueueTable:
                 self._show(queue)
                 self.pending[queue.topic_bytes, queue.queue_id] = queue
 
-    def _holds(self, queue: QueueState) -> bool:
-        last = queue.max_offset * UNIT_BYTES - 1
-        first = last - last % self._file_bytes
-        file = self._open.get(self._path(queue, first), create=False)
-        return file is not None and first + file.size() > last
+    def _check(self, queue: QueueState, last_position: int) -> None:
+        """The files hold every unit of [min, max), the last one being that of the message at `last_position`."""
+        first = queue.min_offset * UNIT_BYTES
+        first -= first % self._file_bytes
+        end = queue.max_offset * UNIT_BYTES
+        while first < end:
+            file = self._open.get(self._path(queue, first), create=False)
+            if file is None or first + file.size() < min(end, first + self._file_bytes):
+                raise QueueFilesShort(f"{queue.topic} {queue.queue_id} lacks units before {queue.max_offset}")
+            first += self._file_bytes
+        queue.last_position = self.unit(queue, queue.max_offset - 1)[0]
+        if last_position != queue.last_position:
+            raise QueueFilesShort(
+                f"{queue.topic} {queue.queue_id} ends with the message at {queue.last_position}, not at {last_position}"
+            )
 
     def _cut(self, queue: QueueState) -> None:
         end = queue.max_offset * UNIT_BYTES
@@ -431,7 +485,9 @@ class QueueTable:
         for name in self._files.listdir(folder):
             first = int(name) if name.isdecimal() else end
             path = f"{folder}/{name}"
-            if first >= end:
+            if first + self._file_bytes <= queue.min_offset * UNIT_BYTES:
+                self._shrunk[queue] = None
+            elif first >= end:
                 self._open.forget(path)
                 self._files.unlink(path)
             elif first + self._file_bytes >= end:
@@ -439,38 +495,99 @@ class QueueTable:
                 if file is not None and file.size() > end - first:
                     file.truncate(end - first)
 
-    def trim(self) -> None:
-        """Raise the minima to the log's first position and drop files wholly below."""
-        if self._log is None:
-            return
-        first_position = self._log.first_position
+    # --------------------------------------------------------------------- files made again from what the log holds
+
+    def adopt(self, queue: QueueState, queue_offset: int) -> bool:
+        """The first message of a queue that the log still holds says where it is. False where that cannot be."""
+        if queue.next_offset or queue.visible or queue_offset < 0:
+            return False
+        queue.min_offset = queue.max_offset = queue.next_offset = queue.tail_offset = queue_offset
+        return True
+
+    def finish_rebuild(self, bounds: list[list[Any]]) -> None:
+        """Everything the checkpoint covers was appended again: the queues must be those it knows.
+
+        Those whose messages are all trimmed go on where they were. Raises InvariantBroken.
+        """
+        for topic, queue_id, _minimum, maximum, *_last in bounds:
+            queue = self.pending_queue(topic.encode(), queue_id)
+            if not queue.visible:
+                self.adopt(queue, maximum)
+                self._show(queue)
+            if queue.max_offset != maximum:
+                raise InvariantBroken(
+                    f"the log gives {topic} {queue_id} a maximum of {queue.max_offset}, the checkpoint {maximum}"
+                )
+        known = {(topic, queue_id) for topic, queue_id, *_rest in bounds}
         for queue in self:
-            low, high = queue.min_offset, queue.max_offset
-            if low == high or self.unit(queue, low)[0] >= first_position:
-                continue
-            while low < high:
-                middle = (low + high) // 2
-                if self.unit(queue, middle)[0] < first_position:
-                    low = middle + 1
-                else:
-                    high = middle
-            queue.min_offset = low
-            keep_from = low * UNIT_BYTES - low * UNIT_BYTES % self._file_bytes
+            if (queue.topic, queue.queue_id) not in known:
+                raise InvariantBroken(f"the log holds messages of {queue.topic} {queue.queue_id}, the checkpoint none")
+
+    # ----------------------------------------------------------------------------------------------------- trimming
+
+    def trim(self, first_position: int) -> None:
+        """Messages before this byte of the log are shown no more, in no queue."""
+        self._trimmed_to = max(self._trimmed_to, first_position)
+
+    def _settle(self, queue: QueueState) -> None:
+        """Raise the minimum to the first unit at or behind the trimmed part. Raises OSError."""
+        first_position = queue.settled_to = self._trimmed_to
+        low, high = queue.min_offset, queue.max_offset
+        if low == high or self.unit(queue, low)[0] >= first_position:
+            return
+        while low < high:
+            middle = (low + high) // 2
+            if self.unit(queue, middle)[0] < first_position:
+                low = middle + 1
+            else:
+                high = middle
+        queue.min_offset = low
+        self._shrunk[queue] = None
+
+    async def settle(self) -> None:
+        """Have every queue look now, letting others run in between. Checkpoint (trio). Raises OSError."""
+        for number, queue in enumerate([queue for queues in self._topics.values() for queue in queues.values()]):
+            if number % SETTLED_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+            if queue.settled_to < self._trimmed_to and not queue.gone:
+                self._settle(queue)
+
+    def collect_shrunk(self) -> list[tuple[QueueState, int]]:
+        """For a checkpoint: queues with the minimum it knows, whose files below go once it is saved."""
+        shrunk, self._shrunk = self._shrunk, {}
+        return [(queue, queue.min_offset) for queue in shrunk]
+
+    async def drop_files(self, shrunk: list[tuple[QueueState, int]]) -> None:
+        """Remove the files wholly below. Checkpoint (trio). Raises OSError."""
+        for queue, minimum in shrunk:
+            await trio.lowlevel.checkpoint()
+            if queue.gone:
+                continue  # what lies in its folder now belongs to a topic of the same name
             folder = self._folder_of(queue)
             for name in self._files.listdir(folder):
-                if name.isdecimal() and int(name) < keep_from:
+                if name.isdecimal() and int(name) + self._file_bytes <= minimum * UNIT_BYTES:
                     self._open.forget(f"{folder}/{name}")
                     queue.unsynced.pop(f"{folder}/{name}", None)
                     self._files.unlink(f"{folder}/{name}")
 
     def remove_all(self) -> None:
         """Forget everything, files too: they will be made again from the log."""
+        self.forget_all()
+        self._throw_away(self.folder)
+
+    def forget_all(self) -> None:
+        """As at the start of the process: what is in files stays there."""
         self._open.close()
+        for queue in self.pending.values():
+            queue.gone = True
+        for queues in self._topics.values():
+            for queue in queues.values():
+                queue.gone = True
         self._topics.clear()
         self.pending.clear()
         self._dirty.clear()
-        if self._files.exists(self.folder):
-            self._files.remove_tree(self.folder)
+        self._shrunk.clear()
+        self._trimmed_to = 0
 
     def close(self) -> None:
         self._open.close()

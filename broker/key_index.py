@@ -109,6 +109,7 @@ class KeyIndex:
         self._sealed: deque[_Rows] = deque()
         self._segments: list[_Segment] = []
         self._unsynced: list[str] = []
+        self._dropped: list[str] = []
         self.last_store_timestamp = 0
         self.last_physical_offset = 0
 
@@ -280,6 +281,7 @@ class KeyIndex:
         self._sealed.clear()
         self._segments = []
         self._unsynced = []
+        self._dropped = []
         self.last_store_timestamp = self.last_physical_offset = 0
         if snapshot is None:
             if self._files.exists(self.folder):
@@ -320,6 +322,17 @@ class KeyIndex:
         return self._describe(path, head)
 
     def trim(self, first_position: int) -> None:
-        """Drop segments whose messages are all below the log's first position."""
+        """Drop segments whose messages are all below the log's first position; their files stay until `remove`."""
         while self._segments and self._segments[0].last_position < first_position:
-            self._files.unlink(self._segments.pop(0).path)
+            self._dropped.append(self._segments.pop(0).path)
+
+    def collect_dropped(self) -> list[str]:
+        """For a checkpoint: files it counts on no more."""
+        dropped, self._dropped = self._dropped, []
+        return dropped
+
+    def remove(self, dropped: list[str]) -> None:
+        """Remove files of dropped segments, once a checkpoint without them is saved. Raises OSError."""
+        for path in dropped:
+            if self._files.exists(path):
+                self._files.unlink(path)

@@ -13,16 +13,17 @@ import zlib
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import cbor2
 import msgspec
 import trio
 
 from broker.answers import BUSY, CUT, NOT_LEADER, TOO_LARGE, UNKNOWN, Done, SendAnswers, SendWaiter
+from broker.checkpoints import Checkpoints
 from broker.consume_queue import QueueFilesShort, QueueState, QueueTable
-from broker.dedup import DedupWindow
-from broker.delay import DelayProgress
+from broker.dedup import DedupFiles, DedupWindow, SavedGeneration, dedup_key
+from broker.delay import MAX_LEVEL, DelayProgress
 from broker.groups import GroupTable
 from broker.key_index import KeyIndex, topic_seed
 from broker.locks import LockRow, QueueLocks
@@ -42,9 +43,10 @@ from broker.records import (
     find_property,
     store_timestamp_of,
 )
-from broker.store_files import CheckpointUnusable, StoreFiles, decode_checkpoint, encode_checkpoint
+from broker.store_files import CheckpointUnusable, StoreFiles, decode_checkpoint
 from broker.tables import InvariantBroken
 from broker.topics import TopicTable
+from dledger.errors import LogDamaged
 from dledger.group import EntryView, NotLeader, Overloaded, RaftGroup, Role, TooLarge
 from remoting.bodies import SubscriptionGroupConfig, TopicConfig
 from remoting.codes import SCHEDULE_TOPIC
@@ -60,6 +62,9 @@ _pack_unit = UNIT.pack
 _INT = struct.Struct(">i")
 _crc32 = zlib.crc32
 _IPV6_BITS = SYS_BORN_IPV6 | SYS_STORE_IPV6
+
+NOTHING_NEEDED: Final = (1 << 63) - 1
+"""`trim_floor` of a log of which only consumers may still want something."""
 
 DispatchListener = Callable[[str, int, int, bytes], None]
 RoleListener = Callable[[Role, int, str | None, bool], None]
@@ -103,7 +108,7 @@ class Staged:
         self.is_orphan = False
         """Who waited for it has been told that the outcome is unknown; nobody is to wait for it any more."""
         self.covered = False
-        """The tables already hold this entry (checkpoint); only the dedup window reads it again."""
+        """The tables already hold this entry (checkpoint); only what is kept in files is made from it again."""
 
 
 class BrokerState:
@@ -130,11 +135,13 @@ class BrokerState:
         )
         self.index = KeyIndex(env.files, config.data_dir, segment_keys=config.index_segment_keys)
         self.dedup = DedupWindow(config.dedup_window_ms, config.dedup_keys)
+        self.dedup_files = DedupFiles(env.files, config.data_dir)
         self.locks = QueueLocks(self._propose_locks, env.clock.monotonic, config.lock_lease_ms / 1000)
         self.delay = DelayProgress()
         self.answers = SendAnswers(self.store_host, config.region_id, config.trace_on)
         self.facts = PropertyFacts()
         self.store_files = StoreFiles(env, config.data_dir)
+        self.checkpoints = Checkpoints(self)
         self.group: RaftGroup = None  # type: ignore[assignment]  # set by attach, before anything else is called
         self.broker_permission = config.broker_permission
 
@@ -144,14 +151,17 @@ class BrokerState:
         self.term = 0
         self.ready = False
         self._covered_index = 0
+        self._rebuilding: list[list[Any]] | None = None
+        """Bounds of the queues in the checkpoint, while they are made again from the log."""
+        self.runs = 0
+        """How often the tables were loaded; what belongs to an earlier time must not be saved."""
         self._in_flight: deque[Staged] = deque()
         self._touched: dict[Any, None] = {}
         self._deferred: list[Callable[[], None]] = []
         self._topic_waiters: dict[str, list[Done]] = {}
         self._group_waiters: dict[str, list[Done]] = {}
-        self._checkpoint_position = 0
-        self._checkpoint_at = 0.0
-        self._meta_bytes = 0
+        self.meta_bytes = 0
+        """Operations applied or staged since the last checkpoint."""
         self.put_messages = 0
         self.dedup_hits = 0
 
@@ -319,7 +329,7 @@ class BrokerState:
             staged.waiters.clear()
             self.discard(staged)
             raise
-        self._meta_bytes += len(tail)
+        self.meta_bytes += len(tail)
         self.group.wake()
 
     def _plain_op(self, op: tuple[Any, ...]) -> list[Any]:
@@ -371,7 +381,7 @@ class BrokerState:
     def stage_dedup(self, staged: Staged, topic: bytes, unique: bytes, body_crc: int, physical_offset: int) -> None:
         """A client's own message enters the window."""
         if self.dedup.enabled:
-            key = hash((topic, unique, body_crc))
+            key = self.dedup.free_key(dedup_key(topic_seed(topic), unique, body_crc))
             self.dedup.current[key] = physical_offset
             staged.dedup_keys.append(key)
 
@@ -380,18 +390,25 @@ class BrokerState:
     def stage(self, entry: EntryView) -> Staged:
         """An entry from its bytes. Raises InvariantBroken where it does not follow from the entries before it."""
         data = bytes(entry.body)
-        base = entry.body_position
-        staged = Staged(base)
+        staged = Staged(entry.body_position)
+        staged.covered = entry.index <= self._covered_index
         self._in_flight.append(staged)
-        if entry.index <= self._covered_index:
-            staged.covered = True
-            self._stage_covered(staged, entry.count, data, base)
-            return staged
-        end = self._stage_records(staged, entry.count, data, base)
+        end = self._stage_records(staged, entry.count, data, staged.start)
         if end < len(data):
-            self._meta_bytes += len(data) - end
-            self._stage_ops(staged, cbor2.loads(data[end:]))
+            ops = cbor2.loads(data[end:])
+            if staged.covered:
+                self._stage_deletions(staged, ops)
+            else:
+                self.meta_bytes += len(data) - end
+                self._stage_ops(staged, ops)
         return staged
+
+    def _stage_deletions(self, staged: Staged, ops: list[list[Any]]) -> None:
+        """Of an entry that the tables hold already: only what it does to the queues."""
+        for op in ops:
+            if op[0] == "topic_del":
+                staged.removed.append(self.queues.stage_delete(op[1].encode()))
+                staged.ops.append(op)
 
     def _records_end(self, count: int, data: bytes) -> int:
         at = 0
@@ -432,7 +449,9 @@ class BrokerState:
             queue = pending.get((topic, queue_id))
             if queue is None:
                 queue = self.queues.pending_queue(topic, queue_id)
-            if queue_offset != queue.next_offset or physical != base + at:
+            if (queue_offset != queue.next_offset or physical != base + at) and not (
+                staged.covered and physical == base + at and self.queues.adopt(queue, queue_offset)
+            ):
                 raise InvariantBroken(
                     f"record at {base + at} says queue offset {queue_offset} at {physical} where {queue.topic} "
                     f"{queue_id} is at {queue.next_offset}"
@@ -452,10 +471,13 @@ class BrokerState:
             if queue.is_schedule:
                 tags_code = self.delay.due_ms(queue_id + 1, store_ms)
             if unique:
-                add_hash(_crc32(unique, queue.index_seed))
+                key_hash = _crc32(unique, queue.index_seed)
+                add_hash(key_hash)
                 add_position(physical)
                 if dedup is not None and not reconsumed:
-                    key = hash((topic, unique, body_crc))
+                    key = key_hash << 31 | body_crc  # dedup_key, in place
+                    if key in dedup:
+                        key = self.dedup.free_key(key)
                     dedup[key] = physical
                     add_dedup_key(key)
             for word in words:
@@ -473,42 +495,6 @@ class BrokerState:
             self.last_store_ms = store_ms
         return at
 
-    def _stage_covered(self, staged: Staged, count: int, data: bytes, base: int) -> None:
-        """Rebuild the dedup window from an entry that the checkpoint's tables already hold."""
-        if not count:
-            return
-        staged.store_ms = store_timestamp_of(data)
-        staged.count = count
-        # Too old to be a duplicate of anything, or not sent by a client.
-        if (
-            not self.dedup.enabled
-            or self.last_store_ms - staged.store_ms > self.dedup.window_ms
-            or self._records_end(count, data) != len(data)
-        ):
-            return
-        at = 0
-        window = self.dedup.current
-        for _ in range(count):
-            size, magic, body_crc, _queue_id, _offset, _physical, sys_flag, _store_ms, reconsumed, body_length = (
-                _unpack_head(data, at)
-            )
-            end = at + size
-            if magic == MAGIC_V1 and not sys_flag & _IPV6_BITS:
-                topic_start = at + 89 + body_length
-                topic_end = topic_start + data[topic_start - 1]
-                topic = data[topic_start:topic_end]
-            else:
-                record = decode_record(data, at)
-                topic, reconsumed = record.topic, record.reconsume_times
-                topic_end = end - len(record.properties) - 2
-            if not reconsumed:
-                unique = find_property(data, b"UNIQ_KEY\x01", topic_end + 2, end)
-                if unique is not None:
-                    key = hash((topic, unique, body_crc))
-                    window[key] = base + at
-                    staged.dedup_keys.append(key)
-            at = end
-
     # -------------------------------------------------------------------------------- StateMachine: apply and discard
 
     def apply(self, index: int, term: int, staged: Staged) -> None:
@@ -517,8 +503,9 @@ class BrokerState:
             raise InvariantBroken(f"entry {index} is applied out of order")
         self.applied_index = index
         if staged.count:
-            self.dedup.entry_applied(index, staged.store_ms)
+            self.dedup.entry_applied(index, staged.store_ms, staged.dedup_keys)
         if staged.covered:
+            self._apply_covered(index, staged)
             return
         listeners = self.on_dispatch
         queues = self.queues
@@ -539,6 +526,23 @@ class BrokerState:
             callbacks, staged.callbacks = staged.callbacks, []
             for done in callbacks:
                 done(True, None)
+
+    def _apply_covered(self, index: int, staged: Staged) -> None:
+        """The tables know of it; units and keys are made again. The last such entry completes them."""
+        for queue, parts in staged.by_queue.items():
+            self.queues.append(queue, b"".join(parts))
+        if staged.hashes:
+            self.index.extend(staged.hashes, staged.positions, staged.store_ms)
+        for op, removed in zip(staged.ops, staged.removed, strict=True):
+            self.queues.apply_delete(op[1], removed)
+        if index == self._covered_index:
+            self._finish_rebuild()
+
+    def _finish_rebuild(self) -> None:
+        assert self._rebuilding is not None
+        self.queues.finish_rebuild(self._rebuilding)
+        self._rebuilding = None
+        self._log.info("queues, key index and dedup window made again from the log", up_to=self._covered_index)
 
     def discard(self, staged: Staged) -> None:
         """Cut or refused: take back what `stage` moved. Newest first, so queue offsets step back in order."""
@@ -798,8 +802,8 @@ class BrokerState:
 
     # -------------------------------------------------------------------------------------------- duplicates of sends
 
-    def find_pending(self, physical_offset: int, count: int) -> tuple[Staged, QueueState, int] | None:
-        """Where `count` records of one queue, the first at this offset, are staged: (entry, queue, row in it)."""
+    def find_pending(self, physical_offset: int, count: int) -> tuple[Staged, QueueState] | None:
+        """The entry where `count` records of one queue, the first at this offset, are staged, and that queue."""
         at = bisect_right(self._in_flight, physical_offset, key=lambda staged: staged.start) - 1
         if at < 0:
             return None
@@ -807,7 +811,7 @@ class BrokerState:
         for queue, units in staged.by_queue.items():
             for row, unit in enumerate(units):
                 if UNIT.unpack(unit)[0] == physical_offset:
-                    return (staged, queue, row) if row + count <= len(units) else None
+                    return (staged, queue) if row + count <= len(units) else None
         return None
 
     def is_in_flight(self, physical_offset: int) -> bool:
@@ -817,11 +821,6 @@ class BrokerState:
     def defer(self, call: Callable[[], None]) -> None:
         """Call back at the end of this turn, when everything applied in it can be read."""
         self._deferred.append(call)
-
-    def staged_after(self, staged: Staged) -> list[Staged]:
-        """What is staged behind this entry and not applied."""
-        in_flight = list(self._in_flight)
-        return in_flight[in_flight.index(staged) + 1 :]
 
     def read_records(self, physical_offset: int, count: int) -> list[Record] | None:
         """`count` committed records back to back; None where there are fewer."""
@@ -835,28 +834,22 @@ class BrokerState:
             physical_offset += record.size
         return records
 
-    # -------------------------------------------------------------------------------------- checkpoint, start, service
+    # ------------------------------------------------------------------------------- start, end of a run, retention
 
     def restore(self, checkpoint: bytes | None, *, first_index: int = 1, first_position: int = 0) -> int:
-        """Before replay: load the tables, cut queues and index to what they cover. Returns the entry to replay from.
+        """Before replay: load the tables, cut queues, index and dedup window to what they cover. Returns the entry to
+        replay from.
 
-        That is not the covered entry itself but the one before the dedup window: entries in between are only read for
-        it.
+        That is the covered entry, unless those files do not hold what the checkpoint says: they are dropped, and made
+        again from everything the log still holds. May be called again after `stopped`. Raises LogDamaged where the log
+        begins behind what is known, InvariantBroken where log and checkpoint contradict each other.
         """
         self._reset()
         self.store_files.opened()
-        if checkpoint is None:
-            self._start_empty()
-            return 0
-        try:
-            tables = decode_checkpoint(checkpoint)
-            self.queues.restore(tables["queues"])
-            if not self.index.restore(tables["key_index"]):
-                raise CheckpointUnusable("a key index file is missing or damaged")
-        except (CheckpointUnusable, QueueFilesShort) as error:
-            self._log.warning("checkpoint of the tables is not used, reading the whole log", reason=str(error))
-            self._reset()
-            self._start_empty()
+        tables = self._tables_of(checkpoint, first_index)
+        self.checkpoints.restored(0)
+        if tables is None:
+            self._drop_files()
             return 0
         self.topics.restore(tables["topics"])
         self.groups.restore(tables["groups"])
@@ -866,68 +859,118 @@ class BrokerState:
         self.last_store_ms = tables["last_store_ms"]
         self.put_messages = tables["put_messages"]
         self._covered_index = self.applied_index = tables["index"]
-        dedup_from = tables["dedup_from"]
-        return max(0, min(dedup_from - 1, self._covered_index)) if dedup_from else self._covered_index
+        self.checkpoints.restored(tables["position"])
+        replay_from = self._covered_index
+        try:
+            self._restore_files(tables)
+        except (CheckpointUnusable, QueueFilesShort) as error:
+            self._log.warning("queues and indexes are made again from the log", reason=str(error), first=first_index)
+            self._drop_files()
+            self._rebuilding = tables["queues"]
+            self.checkpoints.soon()
+            replay_from = first_index - 1
+            if replay_from == self._covered_index:
+                self._finish_rebuild()
+        self.trim(first_position)
+        return replay_from
+
+    def _tables_of(self, checkpoint: bytes | None, first_index: int) -> dict[str, Any] | None:
+        """None: begin empty, with the first entry there ever was."""
+        reason = "there is no checkpoint of the tables"
+        if checkpoint is not None:
+            try:
+                tables = decode_checkpoint(checkpoint)
+            except CheckpointUnusable as error:
+                reason = str(error)
+                if first_index == 1:
+                    self._log.warning("checkpoint of the tables is not used, reading the whole log", reason=reason)
+            else:
+                if tables["index"] + 1 >= first_index:
+                    return tables
+                reason = f"the tables are known only up to entry {tables['index']}"
+        if first_index > 1:
+            raise LogDamaged(f"the log begins with entry {first_index}, and {reason}")
+        return None
+
+    def _restore_files(self, tables: dict[str, Any]) -> None:
+        """Take up what lies in files. Raises CheckpointUnusable or QueueFilesShort."""
+        generations = [SavedGeneration(*row) for row in tables["dedup"]]
+        window = self.dedup_files.load(generations)
+        if window is None:
+            raise CheckpointUnusable("a file of the dedup window is missing or short")
+        self.queues.restore(tables["queues"])
+        if not self.index.restore(tables["key_index"]):
+            raise CheckpointUnusable("a key index file is missing or damaged")
+        self.dedup.take_up(window)
 
     def _reset(self) -> None:
+        for name in {**self.topics.committed, **dict.fromkeys(self.topics.pending_keys())}:
+            self._topic_touched(name)
+        self.runs += 1
         self._in_flight.clear()
+        self._rebuilding = None
+        self.meta_bytes = 0
         self.applied_index = self._covered_index = 0
         self.last_store_ms = 0
         self.put_messages = 0
         self.dedup.clear()
+        self.queues.forget_all()
         self.topics.restore(None)
         self.groups.restore(None)
         self.offsets.restore(None)
         self.locks.restore(None)
         self.delay.restore(None)
 
-    def _start_empty(self) -> None:
+    def _drop_files(self) -> None:
         self.queues.remove_all()
         self.index.restore(None)
+        self.dedup_files.remove_all()
+
+    @property
+    def is_complete(self) -> bool:
+        """Queues and indexes are not being made again: they hold what the tables hold."""
+        return self._rebuilding is None
+
+    def stopped(self) -> None:
+        """The run of the group has ended; the tables stay as they are until the next `restore`, if there is one."""
+        self.role_changed(Role.FOLLOWER, self.term, None, False)
+        self.turn_done()
+        self._in_flight.clear()
+
+    def trim(self, first_position: int) -> None:
+        """Nothing before this byte of the log is shown any more. The minima follow when they are asked for."""
+        self.queues.trim(first_position)
+        self.index.trim(first_position)
+
+    def trim_floor(self) -> int:
+        """Physical offset of the oldest delayed message not delivered yet; NOTHING_NEEDED where there is none."""
+        floor = NOTHING_NEEDED
+        for level in range(1, MAX_LEVEL + 1):
+            queue_id = level - 1
+            offset = max(self.delay.get(level) or 0, self.queues.min_offset(SCHEDULE_TOPIC, queue_id))
+            units = self.queues.units(SCHEDULE_TOPIC, queue_id, offset, 1)
+            if units:
+                floor = min(floor, UNIT.unpack(units)[0])
+        return floor
+
+    def store_time_ms(self, entry: EntryView) -> int | None:
+        """Of the entry's first record; None where it has none."""
+        return store_timestamp_of(entry.body[:STORE_TIMESTAMP_END]) if entry.count else None
+
+    def checkpoint_soon(self) -> None:
+        self.checkpoints.soon()
+
+    # ------------------------------------------------------------------------------------------ checkpoints, service
 
     async def checkpoint(self) -> None:
         """Write queues, index and tables so that a restart replays from here. Checkpoint (trio). Raises OSError."""
-        await self.index.persist(self.env.run_in_thread)
-        # One synchronous look at everything: it covers exactly the entries up to `applied_index`.
-        self.queues.flush()
-        index = self.applied_index
-        tables = {
-            "index": index,
-            "topics": self.topics.snapshot(),
-            "groups": self.groups.snapshot(),
-            "offsets": self.offsets.snapshot(),
-            "locks": self.locks.snapshot(),
-            "delay": self.delay.snapshot(),
-            "queues": self.queues.bounds(),
-            "key_index": self.index.snapshot(),
-            "last_store_ms": self.last_store_ms,
-            "put_messages": self.put_messages,
-            "dedup_from": self.dedup.rebuild_from_index,
-        }
-        position = self.group.committed_position
-        self._meta_bytes = 0
-        await self.queues.sync()
-        await self.index.sync()
-        if index:
-            blob = await self.env.run_in_thread(encode_checkpoint, tables)
-            await self.env.run_in_thread(self.group.save_checkpoint, index, blob)
-        self._checkpoint_position = position
-        self._checkpoint_at = self.env.clock.monotonic()
-
-    def _checkpoint_due(self) -> bool:
-        config = self.config
-        if self.env.clock.monotonic() - self._checkpoint_at < config.checkpoint_interval_ms / 1000:
-            return False
-        grown = self.group.committed_position - self._checkpoint_position
-        return grown >= config.checkpoint_log_bytes or self._meta_bytes >= config.checkpoint_meta_bytes
+        await self.checkpoints.save()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Maintenance, once the group runs: offsets each 200 ms, queues each second, index, checkpoints. Never returns.
 
         Raises OSError where the disk fails: the node must stop.
         """
-        self._checkpoint_at = self.env.clock.monotonic()
-        self._checkpoint_position = self.group.committed_position
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._log_offsets_regularly)
             nursery.start_soon(self._maintain)
@@ -948,13 +991,14 @@ class BrokerState:
         while True:
             await self.env.clock.sleep(interval)
             self.queues.flush()
-            self.queues.trim()
-            self.index.trim(self.group.first_position)
+            if self.group.is_serving:
+                self.trim(self.group.first_position)
+                await self.queues.settle()
             await self.index.persist(self.env.run_in_thread)
             for name in files.listdir(self.queues.trash):
                 await self.env.run_in_thread(files.remove_tree, f"{self.queues.trash}/{name}")
-            if self._checkpoint_due():
-                await self.checkpoint()
+            if self.checkpoints.is_due:
+                await self.checkpoints.save()
 
     async def close(self) -> None:
         """Clean stop, after the group has stopped taking entries: flush, last checkpoint, no `abort` mark left."""

@@ -8,7 +8,8 @@ import cbor2
 
 from runtime.model import Env
 
-CHECKPOINT_VERSION: Final = 1
+CHECKPOINT_VERSION: Final = 2
+"""2: queues with the position of their last message, the dedup window in files of its own."""
 
 
 class CheckpointUnusable(Exception):

@@ -40,6 +40,7 @@ class MemoryGroup:
         self.leader_id: str | None = "n0" if leading else "n1"
         self.term = 1
         self.is_ready_leader = leading
+        self.is_serving = True
         self.first_position = 0
         self.committed_position = 0
         self.full = False

@@ -396,8 +396,8 @@ class AdminProcessor:
         return encode_response(request, ResponseCode.SUCCESS, body=encode_body(body))
 
     def clean_consume_queues(self, request: Command, conn: Any) -> bytes:
-        """CLEAN_EXPIRED_CONSUMEQUEUE: drop queue files that lie wholly below the log."""
-        self._queues.trim()
+        """CLEAN_EXPIRED_CONSUMEQUEUE: queue files wholly below the log go with the next checkpoint, at once that is."""
+        self._state.checkpoint_soon()
         return encode_response(request, ResponseCode.SUCCESS)
 
     def clean_unused_topics(self, request: Command, conn: Any) -> bytes:

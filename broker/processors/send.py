@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from attrs import define
 
 from broker.answers import BUSY, NOT_LEADER, TOO_LARGE, Done
+from broker.dedup import dedup_key
 from broker.delay import MAX_LEVEL
 from broker.key_index import topic_seed
 from broker.records import (
@@ -189,17 +190,19 @@ class SendProcessor:
 
         body_crc = _crc32(body) & 0x7FFFFFFF
         reconsumed = header.reconsume_times
+        key_hash = _crc32(unique, topic.index_seed)
         dedup = self._dedup
         key = 0
         if dedup.enabled and not reconsumed:
-            key = hash((topic.name, unique, body_crc))
+            key = key_hash << 31 | body_crc  # dedup_key, in place
             earlier = dedup.current.get(key)
             if earlier is None:
                 earlier = dedup.previous.get(key)
-            if earlier is not None and self._answer_duplicate(
-                header, body, conn, topic.name, queue_id, [(unique, body_crc)], earlier
-            ):
-                return
+            if earlier is not None:
+                keys = [(unique, body_crc)]
+                if self._is_answered(header, body, conn, topic.name, keys, key, earlier):
+                    return
+                key = dedup.free_key(key)
 
         size = topic.base_bytes + body_bytes + properties_bytes
         group = self._group
@@ -249,11 +252,10 @@ class SendProcessor:
             units = staged.by_queue[queue] = []
         units.append(_pack_unit(physical, size, tags_code))
         staged.count += 1
-        seed = topic.index_seed
-        staged.hashes.append(_crc32(unique, seed))
+        staged.hashes.append(key_hash)
         staged.positions.append(physical)
         for word in words:
-            staged.hashes.append(_crc32(word, seed))
+            staged.hashes.append(_crc32(word, topic.index_seed))
             staged.positions.append(physical)
         if key:
             dedup.current[key] = physical
@@ -516,10 +518,11 @@ class SendProcessor:
     def _store(self, header: SendHeader, body: bytes, config: TopicConfig, conn: Any, target: _Target) -> None:
         unique = find_property(target.properties, b"UNIQ_KEY\x01") or b""
         body_crc = _crc32(body) & 0x7FFFFFFF
-        if not header.reconsume_times and unique:
-            earlier = self._dedup.find(hash((target.topic, unique, body_crc))) if self._dedup.enabled else None
-            if earlier is not None and self._answer_duplicate(
-                header, body, conn, target.topic, target.answer_queue_id, [(unique, body_crc)], earlier
+        if not header.reconsume_times and unique and self._dedup.enabled:
+            key = dedup_key(topic_seed(target.topic), unique, body_crc)
+            earlier = self._dedup.find(key)
+            if earlier is not None and self._is_answered(
+                header, body, conn, target.topic, [(unique, body_crc)], key, earlier
             ):
                 return
         sys_flag = header.sys_flag & ~SYS_TRANSACTION_MASK
@@ -618,9 +621,10 @@ class SendProcessor:
         queue_id = header.queue_id if header.queue_id >= 0 else self._rng.randrange(config.write_queue_nums)
         dedup = self._dedup
         if dedup.enabled:
-            earlier = dedup.find(hash((topic, messages[0][3], messages[0][4])))
+            key = dedup_key(topic_seed(topic), messages[0][3], messages[0][4])
+            earlier = dedup.find(key)
             keys = [(message[3], message[4]) for message in messages]
-            if earlier is not None and self._answer_duplicate(header, body, conn, topic, queue_id, keys, earlier):
+            if earlier is not None and self._is_answered(header, body, conn, topic, keys, key, earlier):
                 return
         sys_flag = header.sys_flag & ~SYS_TRANSACTION_MASK
         if config.topic_filter_type == "MULTI_TAG":
@@ -662,13 +666,16 @@ class SendProcessor:
             )
             queue_offset += 1
             units.append(_pack_unit(physical, len(record), tags_code))
-            staged.hashes.append(_crc32(unique, seed))
+            key_hash = _crc32(unique, seed)
+            staged.hashes.append(key_hash)
             staged.positions.append(physical)
             for word in words:
                 staged.hashes.append(_crc32(word, seed))
                 staged.positions.append(physical)
             if window is not None:
-                key = hash((topic, unique, body_crc))
+                key = key_hash << 31 | body_crc
+                if key in window:
+                    key = dedup.free_key(key)
                 window[key] = physical
                 staged.dedup_keys.append(key)
             positions.append(physical)
@@ -723,13 +730,29 @@ class SendProcessor:
 
     # ---------------------------------------------------------------------------------------------------- duplicates
 
+    def _is_answered(
+        self,
+        header: SendHeader,
+        body: bytes,
+        conn: Any,
+        topic: bytes,
+        keys: Sequence[tuple[bytes, int]],
+        key: int,
+        earlier: int,
+    ) -> bool:
+        """The window knows a message under this key, at `earlier`: whether that, or one next to it, was the original."""
+        if self._answer_duplicate(header, body, conn, topic, keys, earlier):
+            return True
+        return any(
+            self._answer_duplicate(header, body, conn, topic, keys, other) for other in self._dedup.others(key, earlier)
+        )
+
     def _answer_duplicate(
         self,
         header: SendHeader,
         body: bytes,
         conn: Any,
         topic: bytes,
-        queue_id: int,
         keys: Sequence[tuple[bytes, int]],
         position: int,
     ) -> bool:
@@ -741,13 +764,9 @@ class SendProcessor:
         if position >= state.committed_position:
             if not state.is_in_flight(position):
                 # Applied in this very turn, readable at its end.
-                def again() -> None:
-                    state.touch(conn)
-                    self._send_slowly(header, body, conn)
-
-                state.defer(again)
+                self._send_again_at_end_of_turn(header, body, conn)
                 return True
-            return self._wait_for_original(header, conn, topic, queue_id, keys, position)
+            return self._wait_for_original(header, body, conn, topic, position, len(keys))
         records = state.read_records(position, len(keys))
         if records is None or not self._is_same(records, topic, keys):
             return False
@@ -759,10 +778,9 @@ class SendProcessor:
         state.dedup_hits += 1
         if header.flag & FLAG_ONEWAY:
             return True
+        queue_id = first.queue_id
         if first.topic == _SCHEDULE:
             queue_id = _int_or_zero(find_property(first.properties, b"REAL_QID\x01"))
-        else:
-            queue_id = first.queue_id
         prefix = first.store_host.hex().upper()
         message_id = ",".join([f"{prefix}{record.physical_offset:016X}" for record in records])
         unique = keys[0][0].decode() if not header.batch else ""
@@ -782,42 +800,30 @@ class SendProcessor:
         )
 
     def _wait_for_original(
-        self,
-        header: SendHeader,
-        conn: Any,
-        topic: bytes,
-        queue_id: int,
-        keys: Sequence[tuple[bytes, int]],
-        position: int,
+        self, header: SendHeader, body: bytes, conn: Any, topic: bytes, position: int, count: int
     ) -> bool:
+        """The hit is not committed yet. When it is, it can be read, and the send is looked at once more."""
         state = self._state
-        count = len(keys)
         found = state.find_pending(position, count)
         if found is None or found[1].topic_bytes != topic:
             return False
-        staged, queue, row = found
-        units = staged.by_queue[queue]
-        positions = [int.from_bytes(unit[:8]) for unit in units[row : row + count]]
-        # Offsets before this entry are settled once it is applied or discarded; entries are in order.
-        queue_offset = queue.next_offset - len(units) + row
-        for later in state.staged_after(staged):
-            queue_offset -= len(later.by_queue.get(queue, ()))
-        state.dedup_hits += 1
-        if header.flag & FLAG_ONEWAY:
-            return True
-        unique = "" if header.batch else keys[0][0].decode()
-        answer_queue_id = queue_id if queue.is_schedule else queue.queue_id
 
         def settled(ok: bool, reason: str | None) -> None:
-            state.touch(conn)
             if ok:
-                message_id = ",".join([self._answers.message_id(position) for position in positions])
-                conn.write(self._answers.stored(header.opaque, message_id, answer_queue_id, queue_offset, unique))
-            else:
+                self._send_again_at_end_of_turn(header, body, conn)
+            elif not header.flag & FLAG_ONEWAY:
+                state.touch(conn)
                 conn.write(self._answers.failed(header.opaque, reason))
 
-        state.wait_for(staged, settled)
+        state.wait_for(found[0], settled)
         return True
+
+    def _send_again_at_end_of_turn(self, header: SendHeader, body: bytes, conn: Any) -> None:
+        def again() -> None:
+            self._state.touch(conn)
+            self._send_slowly(header, body, conn)
+
+        self._state.defer(again)
 
     # ----------------------------------------------------------------------------------------------------- send-back
 

@@ -244,7 +244,7 @@ def tables_of(state: BrokerState) -> dict[str, Any]:
         "offsets": state.offsets.snapshot(),
         "locks": state.locks.snapshot(),
         "delay": state.delay.snapshot(),
-        "bounds": state.queues.bounds(),
+        "bounds": [row[:4] for row in state.queues.bounds()],
         "units": units,
         "pending": pending,
         "dedup": young_dedup_keys(state),

@@ -181,16 +181,21 @@ def test_search_by_time(tmp_path: Path, timestamp: int, lower: int, upper: int) 
     assert table.search_by_time("T", 1, timestamp, "UPPER") == upper
 
 
-def test_trimming_raises_the_minimum_and_drops_files(tmp_path: Path) -> None:
-    table, queue = filled(tmp_path, 47)
+async def test_trimming_raises_the_minimum_at_once_and_drops_files_when_told(tmp_path: Path) -> None:
+    table, _queue = filled(tmp_path, 47)
     table.flush()
     log = TimedLog([number * 10 for number in range(47)])
     table.attach(log)
     log.first_position = 2_350
-    table.trim()
-    assert queue.min_offset == 24
-    names = [path.name for path in sorted((tmp_path / "consumequeue" / "T" / "1").iterdir())]
+    table.trim(2_350)
+    assert table.min_offset("T", 1) == 24
+    folder = tmp_path / "consumequeue" / "T" / "1"
+    assert len(list(folder.iterdir())) == 5
+    shrunk = table.collect_shrunk()
+    await table.drop_files(shrunk)
+    names = [path.name for path in sorted(folder.iterdir())]
     assert names == [f"{number:020d}" for number in (400, 600, 800)]
+    assert table.collect_shrunk() == []
     assert table.units("T", 1, 23, 2) == b""
     assert table.search_by_time("T", 1, 0) == 24
     assert table.earliest_store_time("T", 1) == 240
@@ -201,7 +206,7 @@ def test_restoring_cuts_to_the_checkpoint(tmp_path: Path) -> None:
     table.pending_queue(b"Gone", 0)
     table.append(table.pending[b"Gone", 0], UNIT.pack(9, 9, 9))
     table.flush()
-    bounds = [["T", 1, 3, 22]]
+    bounds = [["T", 1, 3, 22, 2_100]]
     table.close()
     again = QueueTable(RealFiles(), str(tmp_path), file_units=10)
     again.restore(bounds)
@@ -219,7 +224,7 @@ def test_files_shorter_than_the_checkpoint_are_told(tmp_path: Path) -> None:
     table.flush()
     again = QueueTable(RealFiles(), str(tmp_path), file_units=10)
     with pytest.raises(QueueFilesShort):
-        again.restore([["T", 1, 0, 13]])
+        again.restore([["T", 1, 0, 13, 1_200]])
 
 
 def test_a_short_file_is_an_invariant_broken(tmp_path: Path) -> None:
@@ -286,6 +291,8 @@ async def test_index_restart_keeps_what_the_checkpoint_covers(tmp_path: Path) ->
     assert again.last_physical_offset == 39
     again.trim(16)
     assert len(again.snapshot()["segments"]) == 1
+    again.remove(again.collect_dropped())
+    assert len(list((tmp_path / "index").iterdir())) == 1
     (tmp_path / "index" / snapshot["segments"][1][0]).unlink()
     assert not KeyIndex(RealFiles(), str(tmp_path)).restore(snapshot)
 
@@ -311,18 +318,19 @@ async def test_an_entry_with_more_keys_than_a_segment(tmp_path: Path) -> None:
 
 def test_generations_rotate_by_time_and_by_number() -> None:
     window = DedupWindow(1_000, 8)
-    window.entry_applied(1, 0)
+    window.entry_applied(1, 0, [])
     window.current[1] = 10
-    window.entry_applied(2, 999)
+    window.entry_applied(2, 999, [1])
     assert window.find(1) == 10
-    window.entry_applied(3, 1_000)
-    assert (window.find(1), window.current, window.rebuild_from_index) == (10, {}, 1)
+    window.entry_applied(3, 1_000, [])
+    assert (window.find(1), window.current) == (10, {})
+    assert [one.plain() for one in window.collect()[0]] == [[1, 0, 1], [4, 1_000, 0]]
     for number in range(4):
         window.current[100 + number] = number
-    window.entry_applied(4, 1_001)
+    window.entry_applied(4, 1_001, [100, 101, 102, 103])
     assert window.find(1) is None
     assert window.find(103) == 3
-    assert window.rebuild_from_index == 4
+    assert [one.plain() for one in window.collect()[0]] == [[4, 1_000, 4], [5, 1_001, 0]]
     window.forget(103, 3)
     window.forget(102, 3)
     assert (window.find(103), window.find(102)) == (None, 2)
@@ -433,7 +441,7 @@ async def test_a_clean_stop_leaves_no_abort_mark_and_a_checkpoint_of_everything(
     assert index == node.state.applied_index
     again = restart(node, tmp_path / "a", checkpoint=blob, clock=node.clock)
     assert not again.state.store_files.abnormal_exit
-    assert tables_of(again.state)["bounds"] == node.state.queues.bounds()
+    assert tables_of(again.state)["bounds"] == tables_of(node.state)["bounds"]
 
 
 async def test_an_unusable_checkpoint_means_reading_the_whole_log(tmp_path: Path) -> None:
@@ -446,7 +454,8 @@ async def test_an_unusable_checkpoint_means_reading_the_whole_log(tmp_path: Path
     victim.write_bytes(b"")
     again = restart(node, tmp_path / "a", checkpoint=blob, clock=node.clock)
     assert [event for event, _fields in again.log.lines] == [
-        "checkpoint of the tables is not used, reading the whole log"
+        "queues and indexes are made again from the log",
+        "queues, key index and dedup window made again from the log",
     ]
     assert tables_of(again.state)["units"] == wanted["units"]
     broken = restart(node, tmp_path / "a", checkpoint=b"\xff", clock=node.clock)
