@@ -28,6 +28,9 @@ class GroupConfig:
     node_id: str
     peers: Mapping[str, Address]
     data_dir: str
+    founders: tuple[str, ...] = ()
+    """Those of `peers` that were members when the group was formatted; all of them when empty. The log's CONFIG entries
+    say who came and went since."""
     bind: Address | None = None
     """Where to listen; `peers[node_id]` when None."""
     flush: Literal["async", "sync"] = "async"
@@ -75,6 +78,9 @@ class GroupConfig:
     def __attrs_post_init__(self) -> None:
         if self.node_id not in self.peers:
             raise ValueError(f"node {self.node_id} is not among the peers of group {self.group}")
+        for name in self.founders:
+            if name not in self.peers:
+                raise ValueError(f"founder {name} of group {self.group} is not among its peers")
         for name in self.peers:
             if not 1 <= len(name.encode()) <= NODE_ID_BYTES_MAX:
                 raise ValueError(f"node id {name!r} must have 1 to {NODE_ID_BYTES_MAX} bytes")
@@ -101,6 +107,11 @@ class GroupConfig:
         return min(BODY_BYTES_MAX, self.segment_bytes - HEADER_BYTES)
 
     @property
+    def first_voters(self) -> tuple[str, ...]:
+        """The voters before the first CONFIG entry."""
+        return self.founders or tuple(self.peers)
+
+    @property
     def listen_address(self) -> Address:
         return self.bind if self.bind is not None else self.peers[self.node_id]
 
@@ -112,7 +123,8 @@ class GroupConfig:
         """
         if self.cluster_uuid is not None:
             return self.cluster_uuid
-        members = ";".join(f"{name}={host}:{port}" for name, (host, port) in sorted(self.peers.items()))
+        founders = sorted((name, self.peers[name]) for name in self.first_voters)
+        members = ";".join(f"{name}={host}:{port}" for name, (host, port) in founders)
         return _uuid_of("cluster", self.cluster, members)
 
     @property
