@@ -46,6 +46,7 @@ class Assignment:
     node: Node
     layout: Layout
     is_format_allowed: bool
+    is_join_allowed: bool = False
     cluster_uuid: str | None = None
     supervisor_pid: int | None = None
     events: EventWriter | None = field(default=None)
@@ -66,6 +67,12 @@ Examples:
 @click.option("--port-base", type=int, metavar="N", help="As for `up`.")
 @click.option("--groups", type=int, metavar="N", help="As for `up`.")
 @click.option("--format", "is_format_allowed", is_flag=True, help="Format an empty data folder. Once, on all nodes.")
+@click.option(
+    "--join",
+    "is_join_allowed",
+    is_flag=True,
+    help="Take an empty data folder: a new disk, or a new node after `quorate raft add-node`. The others fill it.",
+)
 @click.option("--drain-s", type=click.FloatRange(0, 3600), help="Seconds to go on forwarding after SIGTERM.")
 @click.option("--managed", "supervisor_pid", type=int, hidden=True, help="Started by this supervisor.")
 @click.option("--event-fd", type=int, hidden=True, help="Write event lines there.")
@@ -76,6 +83,7 @@ def serve(
     port_base: int | None,
     groups: int | None,
     is_format_allowed: bool,
+    is_join_allowed: bool,
     drain_s: float | None,
     supervisor_pid: int | None,
     event_fd: int | None,
@@ -85,6 +93,8 @@ def serve(
     SIGTERM hands leadership over, goes on forwarding for a while, then ends; a second SIGTERM ends at once. Ctrl-C ends
     in order without forwarding. Each node has its own folder below the data folder.
     """
+    if is_format_allowed and is_join_allowed:
+        raise click.UsageError("--format begins a new raft group, --join belongs to one that is there: say one of them")
     if supervisor_pid is not None:
         die_with_parent(supervisor_pid)
     keep_freed_memory()
@@ -110,6 +120,7 @@ def serve(
             node=config.find(node),
             layout=layout,
             is_format_allowed=is_format_allowed,
+            is_join_allowed=is_join_allowed,
             cluster_uuid=cluster_uuid,
             supervisor_pid=supervisor_pid,
             events=EventWriter.on(event_fd) if event_fd is not None else None,
@@ -309,7 +320,12 @@ def broker_config(assignment: Assignment) -> BrokerConfig:
                 cluster=config.cluster.name,
                 group=group.name,
                 node_id=node.id,
-                peers={peer.name: _pair(member.dial.get(peer.name, peer.peer)) for peer in group.nodes},
+                peers={
+                    peer.name: _pair(member.dial.get(peer.name, peer.peer))
+                    for peer in group.nodes
+                    if peer in group.founders or peer is member
+                },
+                founders=tuple(founder.name for founder in group.founders),
                 bind=_pair(member.peer),
                 data_dir=f"{folder}/raft",
                 flush=group.flush,
@@ -319,9 +335,20 @@ def broker_config(assignment: Assignment) -> BrokerConfig:
                 election_timeout_ms_max=group.election_timeout_ms_max,
                 secret=secret.encode() if secret is not None else None,
                 format_if_empty=assignment.is_format_allowed,
+                join=assignment.is_join_allowed,
                 cluster_uuid=assignment.cluster_uuid,
+                priorities={peer.name: peer.priority for peer in group.nodes if peer.priority},
+                retention_hours=group.retention_hours,
+                delete_hour=group.delete_hour,
+                retention_bytes=group.retention_bytes,
+                disk_watermarks=group.disk_watermarks,
+                scrub_bytes_per_second=group.scrub_bytes_per_second,
+                fetch_bytes_per_second=group.fetch_bytes_per_second,
+                warm=group.warm,
+                mlock=group.mlock,
             ),
             data_dir=folder,
+            metrics=_pair(member.metrics) if member.metrics is not None else None,
             auto_create_topic=group.auto_create_topic,
             auto_create_group=group.auto_create_group,
             drain_s=_drain_s(assignment),

@@ -99,6 +99,9 @@ class NodeSection:
     dial: Mapping[str, Address] = field(
         factory=dict, metadata={"help": "other addresses to reach peers at, by node id", "mirrors": ""}
     )
+    priority: int = _setting(0, "the node with the highest leads when it is up to date", "preferredLeaderIds")
+    join: bool = _setting(False, "not a member from the beginning; added with `quorate raft add-node`")
+    metrics: Address | None = _setting(None, "address where Prometheus finds measurements")  # noqa: RUF009
 
     @property
     def number(self) -> int:
@@ -121,7 +124,24 @@ class GroupSection:
     auto_create_topic: bool = _setting(True, "a send to an unknown topic creates it", "autoCreateTopicEnable")
     auto_create_group: bool = _setting(True, "a new consumer group is welcome", "autoCreateSubscriptionGroup")
     drain_s: float = _setting(35.0, "after SIGTERM, how long to go on forwarding to the new leader")
+    retention_hours: float = _setting(72.0, "how old a log file gets before it may go", "fileReservedTime")
+    delete_hour: int = _setting(4, "local hour at which files that are old enough go; -1: at any time", "deleteWhen")
+    retention_bytes: int | None = _setting(None, "size of the log above which its oldest files go, whatever their age")
+    disk_watermarks: tuple[float, float, float] = _setting(
+        (0.75, 0.85, 0.90),
+        "used shares of the disk: old files go at any hour; the oldest go whatever their age; sends are refused",
+        "diskMaxUsedSpaceRatio",
+    )
+    scrub_bytes_per_second: int = _setting(8 << 20, "how fast files are read again in search of damage; 0: never")
+    fetch_bytes_per_second: int = _setting(50_000_000, "how fast a node gives log files to one that needs them")
+    warm: bool = _setting(False, "touch the pages of a new log file before it is written to", "warmMapedFileEnable")
+    mlock: bool = _setting(False, "keep the log file that is written to in memory")
     nodes: tuple[NodeSection, ...] = field(factory=tuple, metadata={"help": "its brokers", "mirrors": ""})
+
+    @property
+    def founders(self) -> tuple[NodeSection, ...]:
+        """The members of the group when it is formatted; the log says who came and went since."""
+        return tuple(node for node in self.nodes if not node.join)
 
 
 @frozen(kw_only=True)
@@ -136,6 +156,7 @@ class Node:
     """Inside its raft group: n0."""
     listen: Address
     peer: Address | None = None
+    metrics: Address | None = None
 
 
 @frozen(kw_only=True)
@@ -170,6 +191,7 @@ class ClusterConfig:
                     id=node.name,
                     listen=node.listen,
                     peer=node.peer,
+                    metrics=node.metrics,
                 )
 
     def find(self, name: str) -> Node:
@@ -275,6 +297,11 @@ def _converter() -> Any:
             raise ValueError(f"{_show(value)} is not a number")
         return float(value)
 
+    def watermarks(value: Any, _: Any) -> Any:
+        if not isinstance(value, list) or len(value) != 3:
+            raise ValueError(f"{_show(value)} is not three shares of the disk, such as [0.75, 0.85, 0.90]")
+        return tuple(number(share, float) for share in value)
+
     def flush(value: Any, _: Any) -> Any:
         if value not in ("async", "sync"):
             raise ValueError(f'{_show(value)} is neither "async" nor "sync"')
@@ -308,7 +335,7 @@ def _converter() -> Any:
     section(ClusterSection)
     section(NamesrvSection)
     section(NodeSection)
-    section(GroupSection, flush=override(struct_hook=flush))
+    section(GroupSection, flush=override(struct_hook=flush), disk_watermarks=override(struct_hook=watermarks))
     section(ClusterConfig, source=override(omit=True))
     return converter
 
@@ -426,8 +453,8 @@ def _group_mistakes(group: GroupSection) -> Iterator[str]:
     where = f'group "{group.name}"'
     if not _NAME.fullmatch(group.name):
         yield f"{where}: name {_NAME_RULE}"
-    if len(group.nodes) not in GROUP_SIZES:
-        yield f"{where}: {len(group.nodes)} nodes; a raft group has 1, 3 or 5"
+    if len(group.founders) not in GROUP_SIZES:
+        yield f"{where}: {len(group.founders)} nodes; a raft group begins with 1, 3 or 5 (later ones say join = true)"
     ids = [node.name for node in group.nodes]
     for node in group.nodes:
         if not _NODE_ID.fullmatch(node.name):
@@ -458,6 +485,23 @@ def _group_mistakes(group: GroupSection) -> Iterator[str]:
         yield f"{where}: election_timeout_ms_max {group.election_timeout_ms_max} is above 600000"
     if not 0 <= group.drain_s <= 3600:
         yield f"{where}: drain_s {group.drain_s:g} is not between 0 and 3600"
+    yield from _retention_mistakes(group, where)
+
+
+def _retention_mistakes(group: GroupSection, where: str) -> Iterator[str]:
+    if not 0 < group.retention_hours <= 1_000_000:
+        yield f"{where}: retention_hours {group.retention_hours:g} is not between 0 and 1000000"
+    if not -1 <= group.delete_hour <= 23:
+        yield f"{where}: delete_hour {group.delete_hour} is no hour of the day, nor -1 for any"
+    if group.retention_bytes is not None and group.retention_bytes < 4 * group.segment_bytes:
+        yield f"{where}: retention_bytes {group.retention_bytes} is below four log files of {group.segment_bytes}"
+    early, forced, refuse = group.disk_watermarks
+    if not 0 < early <= forced <= refuse <= 1:
+        yield f"{where}: disk_watermarks must be shares of the disk, none smaller than the one before"
+    for name in ("scrub_bytes_per_second", "fetch_bytes_per_second"):
+        value = getattr(group, name)
+        if value < (0 if name.startswith("scrub") else 65_536):
+            yield f"{where}: {name} {value} is too small"
 
 
 def _duplicate_names(config: ClusterConfig) -> Iterator[str]:
@@ -476,7 +520,7 @@ def _duplicate_names(config: ClusterConfig) -> Iterator[str]:
 def _duplicate_addresses(config: ClusterConfig) -> Iterator[str]:
     seen: dict[tuple[str, int], str] = {}
     for node in config.nodes():
-        for what, address in (("listen", node.listen), ("peer", node.peer)):
+        for what, address in (("listen", node.listen), ("peer", node.peer), ("metrics", node.metrics)):
             if address is None:
                 continue
             host = "127.0.0.1" if address.host == "localhost" else address.host
@@ -505,6 +549,7 @@ def with_groups(config: ClusterConfig, count: int) -> ClusterConfig:
                 listen=_moved(node.listen, number * PORTS_PER_CLUSTER),
                 peer=_moved(node.peer, number * PORTS_PER_CLUSTER),
                 advertise=None if node.advertise is None else _moved(node.advertise, number * PORTS_PER_CLUSTER),
+                metrics=None if node.metrics is None else _moved(node.metrics, number * PORTS_PER_CLUSTER),
                 dial={},
             )
             for node in first.nodes
@@ -524,7 +569,8 @@ def _moved(address: Address, ports: int) -> Address:
 def with_port_base(config: ClusterConfig, base: int) -> ClusterConfig:
     """Every port of the cluster in base..base+99, hosts as they were. Raises ConfigError.
 
-    Name server i at base + i, node k of group g at base + 10 + 10 g + k; each meets its peers 5 above.
+    Name server i at base + i, node k of group g at base + 10 + 10 g + k; each meets its peers 5 above. There is no room
+    for addresses of `metrics`: they go.
     """
     if not 1024 <= base <= 65535 - PORTS_PER_CLUSTER + 1:
         raise ConfigError(f"--port-base {base}: between 1024 and {65535 - PORTS_PER_CLUSTER + 1}")
@@ -549,6 +595,7 @@ def with_port_base(config: ClusterConfig, base: int) -> ClusterConfig:
                 listen=node.listen.at(first + k),
                 peer=node.peer.at(first + _PORTS_PER_GROUP // 2 + k),
                 advertise=None,
+                metrics=None,
                 dial={},
             )
             for k, node in enumerate(group.nodes)
@@ -583,7 +630,12 @@ def from_plain(document: Mapping[str, Any]) -> ClusterConfig:
     def node(plain: Mapping[str, Any]) -> NodeSection:
         changed = {"listen": parse_address(plain["listen"]), "peer": parse_address(plain["peer"])}
         dial = {name: parse_address(text) for name, text in plain["dial"].items()}
-        return NodeSection(**{**plain, **changed, "advertise": address(plain["advertise"]), "dial": dial})
+        optional = {key: address(plain[key]) for key in ("advertise", "metrics")}
+        return NodeSection(**{**plain, **changed, **optional, "dial": dial})
+
+    def group(plain: Mapping[str, Any]) -> GroupSection:
+        shares = tuple(plain["disk_watermarks"])
+        return GroupSection(**{**plain, "disk_watermarks": shares, "nodes": tuple(map(node, plain["nodes"]))})
 
     return ClusterConfig(
         cluster=ClusterSection(**document["cluster"]),
@@ -596,6 +648,6 @@ def from_plain(document: Mapping[str, Any]) -> ClusterConfig:
             )
             for n in document["namesrvs"]
         ),
-        groups=tuple(GroupSection(**{**g, "nodes": tuple(map(node, g["nodes"]))}) for g in document["groups"]),
+        groups=tuple(map(group, document["groups"])),
         source=document["source"],
     )

@@ -259,23 +259,29 @@ def prepare(env: Env, layout: Layout, config: ClusterConfig) -> ClusterIdentity:
     return identity
 
 
+def is_node_blank(files: Files, folder: str) -> bool:
+    """Whether a broker's folder has no log of a raft group: never started, or lost with its disk."""
+    return not files.exists(f"{folder}/raft/format.json")
+
+
 def _group_identity(
     env: Env, group: GroupSection, folders: Mapping[str, str], known: GroupIdentity | None
 ) -> GroupIdentity:
-    members = tuple(folders)
+    founders = tuple(node.name for node in group.founders)
     if known is None:
-        return GroupIdentity(nodes=members)
-    if sorted(known.nodes) != sorted(members):
+        return GroupIdentity(nodes=founders)
+    if sorted(known.nodes) != sorted(founders):
         raise UpRefused(
             f"raft group {group.name} has the nodes {', '.join(known.nodes)} here, but the configuration says "
-            f"{', '.join(members)}; put them back, or choose another folder with --data DIR"
+            f"{', '.join(founders)}; put them back, or choose another folder with --data DIR"
         )
     if known.is_formatted:
-        empty = [name for name in members if not env.files.listdir(folders[name])]
-        if empty:
+        empty = [folders[name] for name in founders if is_node_blank(env.files, folders[name])]
+        if 2 * len(empty) >= len(founders):
+            # A blank node is filled by the others; but most of a group cannot be, and may be all there was.
             raise UpRefused(
-                f"raft group {group.name}: {' and '.join(folders[name] for name in empty)} "
-                f"{'is' if len(empty) == 1 else 'are'} empty, though the group was formatted; put the data "
-                "back, or start afresh in another folder with --data DIR"
+                f"raft group {group.name}: {' and '.join(empty)} {'is' if len(empty) == 1 else 'are'} empty, though "
+                "the group was formatted, and the rest is no majority; put the data back, or start afresh in another "
+                "folder with --data DIR"
             )
     return known

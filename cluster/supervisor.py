@@ -25,6 +25,7 @@ from cluster.layout import (
     RunningNode,
     UpRefused,
     UpState,
+    is_node_blank,
     lock_data,
     prepare,
     write_identity,
@@ -321,8 +322,14 @@ class Supervisor:
             "--managed",
             str(own_process_id().pid),
         ]
-        if node.group in self._unformatted:
+        if node.group is None:
+            return arguments
+        is_founder = node.id in {founder.name for founder in self.config.group(node.group).founders}
+        if is_founder and node.group in self._unformatted:
             arguments.append("--format")
+        elif is_node_blank(self._env.files, self.layout.node(node.name)):
+            arguments.append("--join")
+            self._tell("blank", node.name, f"{node.name} has no data; the rest of its raft group will fill it")
         return arguments
 
     async def _listen(self, slot: _Slot, child: Child) -> None:

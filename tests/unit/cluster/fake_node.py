@@ -28,7 +28,8 @@ def main() -> None:
         sys.exit(int(code))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
-    (data / name / "log").touch()
+    (data / name / "raft").mkdir(parents=True, exist_ok=True)
+    (data / name / "raft" / "format.json").touch()
     say(event="ready")
     told = ""
     parent = os.getppid()

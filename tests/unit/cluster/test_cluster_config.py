@@ -71,6 +71,15 @@ def test_default_is_one_name_server_and_one_group_of_three(config: ClusterConfig
         ('flush = "async"', "heartbeat_ms = 0", ["heartbeat_ms", "between"]),
         ('flush = "async"', "election_timeout_ms_max = 900", ["election_timeout_ms_min", "above"]),
         ('flush = "async"', "drain_s = -1", ["drain_s", "-1"]),
+        ('flush = "async"', "retention_hours = 0", ["retention_hours", "between"]),
+        ('flush = "async"', "delete_hour = 24", ["delete_hour 24", "-1"]),
+        ('flush = "async"', "retention_bytes = 5", ["retention_bytes 5", "four log files"]),
+        ('flush = "async"', "disk_watermarks = [0.9]", ["disk_watermarks", "three shares"]),
+        ('flush = "async"', "disk_watermarks = [0.9, 0.8, 0.95]", ["disk_watermarks", "smaller"]),
+        ('flush = "async"', 'disk_watermarks = [0.7, 0.8, "x"]', ["disk_watermarks", "not a number"]),
+        ('flush = "async"', "fetch_bytes_per_second = 10", ["fetch_bytes_per_second 10", "too small"]),
+        ('name = "n2"', 'name = "n2"\njoin = true', ["2 nodes", "join = true"]),
+        ('name = "n2"', 'name = "n2"\nmetrics = "127.0.0.1:9876"', ["9876", "twice", "n2 (metrics)"]),
         ('name = "n2"', 'name = "n1"', ["broker-a", '"n1"', "two nodes"]),
         ('name = "n1"', 'name = "node1"', ['"node1"', '"n0"']),
         ('name = "ns0"', 'name = "n0"', ["two nodes", '"n0"']),
@@ -102,7 +111,7 @@ def test_groups_have_one_three_or_five_nodes(size: int) -> None:
         f'[[group.node]]\nname = "n{k}"\nlisten = "127.0.0.1:{1000 + k}"\npeer = "127.0.0.1:{2000 + k}"\n'
         for k in range(size)
     )
-    with pytest.raises(ConfigError, match=f"{size} nodes; a raft group has 1, 3 or 5"):
+    with pytest.raises(ConfigError, match=f"{size} nodes; a raft group begins with 1, 3 or 5"):
         parse(f'[[namesrv]]\n[[group]]\nname = "broker-a"\n{nodes}', "my.toml")
 
 
@@ -117,9 +126,23 @@ def test_settings_reach_their_place() -> None:
     assert (group.flush, group.heartbeat_ms, group.auto_create_topic, group.drain_s) == ("sync", 100, False, 5.0)
 
 
+def test_a_later_node_is_no_founder() -> None:
+    later = '[[group.node]]\nname = "n3"\nlisten = "127.0.0.1:1"\npeer = "127.0.0.1:2"\njoin = true\n'
+    group = parse(TEXT + later, "my.toml").groups[0]
+    assert [node.name for node in group.founders] == ["n0", "n1", "n2"]
+    assert len(group.nodes) == 4
+
+
 def test_plain_form_is_json_and_comes_back(config: ClusterConfig) -> None:
-    node = evolve(config.groups[0].nodes[0], dial={"n1": Address("127.0.0.1", 5)}, advertise=Address("127.0.0.1", 6))
-    group = evolve(config.groups[0], nodes=(node, *config.groups[0].nodes[1:]))
+    node = evolve(
+        config.groups[0].nodes[0],
+        dial={"n1": Address("127.0.0.1", 5)},
+        advertise=Address("127.0.0.1", 6),
+        metrics=Address("127.0.0.1", 7),
+    )
+    group = evolve(
+        config.groups[0], nodes=(node, *config.groups[0].nodes[1:]), disk_watermarks=(0.1, 0.2, 0.3), retention_bytes=9
+    )
     changed = evolve(config, groups=(group,))
     assert from_plain(json.loads(json.dumps(to_plain(changed)))) == changed
 

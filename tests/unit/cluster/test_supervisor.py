@@ -217,12 +217,30 @@ async def test_foreign_folders_are_left_alone(env: Env, tmp_path: Path) -> None:
     assert "newer quorate" in await refusal(env, config, tmp_path)
 
 
-async def test_a_formatted_group_with_an_empty_node_is_refused(env: Env, tmp_path: Path) -> None:
+def lose_log(data: Path, name: str) -> None:
+    (data / name / "raft" / "format.json").unlink()
+
+
+async def test_one_lost_folder_of_three_joins_and_says_so(env: Env, tmp_path: Path) -> None:
     async with running(env, tmp_path, []):
         pass
-    (tmp_path / "n2" / "log").unlink()
+    lose_log(tmp_path, "n2")
+    events: list[Event] = []
+    async with running(env, tmp_path, events):
+        pass
+    starts = {name: (tmp_path / f"{name}.starts").read_text().splitlines()[-1] for name in ("n0", "n1", "n2")}
+    assert ["--join" in starts[name] for name in ("n0", "n1", "n2")] == [False, False, True]
+    assert [event.node for event in events if event.kind == "blank"] == ["n2"]
+
+
+async def test_a_formatted_group_that_lost_most_of_its_folders_is_refused(env: Env, tmp_path: Path) -> None:
+    async with running(env, tmp_path, []):
+        pass
+    lose_log(tmp_path, "n1")
+    lose_log(tmp_path, "n2")
     message = await refusal(env, await free_config(env), tmp_path)
-    assert f"{tmp_path}/n2 is empty" in message
+    assert f"{tmp_path}/n1 and {tmp_path}/n2 are empty" in message
+    assert "no majority" in message
 
 
 async def test_members_of_a_formatted_group_stay(env: Env, tmp_path: Path) -> None:
