@@ -187,7 +187,7 @@ class _Folder:
         self._control.look()
         return self._faults
 
-    def before_write(self) -> None:
+    def before_write(self, path: str) -> None:
         """Wait or raise as a write would."""
         faults = self.faults
         if faults.stall_writes:
@@ -195,7 +195,7 @@ class _Folder:
         if faults.write_delay_ms:
             time.sleep(faults.write_delay_ms / 1000)
         if faults.write_fails is not None:
-            raise _os_error(faults.write_fails, self.path)
+            raise _os_error(faults.write_fails, path)
 
     def before_sync(self) -> str | None:
         """Wait as a sync would; the name of the errno it must end with."""
@@ -206,24 +206,24 @@ class _Folder:
             time.sleep(faults.sync_delay_ms / 1000)
         return faults.sync_fails
 
-    def before_read(self) -> None:
+    def before_read(self, path: str) -> None:
         fails = self.faults.read_fails
         if fails is not None:
-            raise _os_error(fails, self.path)
+            raise _os_error(fails, path)
 
     def _wait_while(self, stalls: Callable[[Faults], bool]) -> Faults:
         while stalls(faults := self.faults):
             time.sleep(_LOOK_EVERY_S)
         return faults
 
-    def grow(self, nbytes: int) -> None:
+    def grow(self, nbytes: int, path: str) -> None:
         """Take room for a file, or give it back. Raises OSError (ENOSPC)."""
         self._control.look()
         with self._room_lock:
             if self._free is None:
                 return
             if nbytes > max(0, self._free):
-                raise _os_error("ENOSPC", self.path)
+                raise _os_error("ENOSPC", path)
             self._free -= nbytes
 
     def room(self) -> tuple[int | None, int | None]:
@@ -382,12 +382,12 @@ class FaultyFile(RealFile):
 
     def pread(self, nbytes: int, offset: int) -> bytes:
         """As `RealFile.pread`."""
-        self._folder.before_read()
+        self._folder.before_read(self._path)
         return super().pread(nbytes, offset)
 
     def pread_nowait(self, nbytes: int, offset: int) -> bytes | None:
         """As `RealFile.pread_nowait`."""
-        self._folder.before_read()
+        self._folder.before_read(self._path)
         return super().pread_nowait(nbytes, offset)
 
     def pwrite(self, data: Buffer, offset: int) -> None:
@@ -406,8 +406,8 @@ class FaultyFile(RealFile):
         self._written(offset - nbytes, nbytes)
 
     def _before_write(self, offset: int, nbytes: int) -> None:
-        self._folder.before_write()
-        self._folder.grow(max(0, offset + nbytes - self.size()))
+        self._folder.before_write(self._path)
+        self._folder.grow(max(0, offset + nbytes - self.size()), self._path)
 
     def _written(self, offset: int, nbytes: int) -> None:
         if self._inode is not None and nbytes:
@@ -431,8 +431,8 @@ class FaultyFile(RealFile):
 
     def allocate(self, nbytes: int) -> None:
         """As `RealFile.allocate`."""
-        self._folder.before_write()
-        self._folder.grow(max(0, nbytes - self.size()))
+        self._folder.before_write(self._path)
+        self._folder.grow(max(0, nbytes - self.size()), self._path)
         if self._inode is None:
             super().allocate(nbytes)
         elif nbytes > self.size():
@@ -440,8 +440,8 @@ class FaultyFile(RealFile):
 
     def truncate(self, nbytes: int) -> None:
         """As `RealFile.truncate`."""
-        self._folder.before_write()
-        self._folder.grow(nbytes - self.size() if self.size() > nbytes else 0)  # growing makes a hole: no room needed
+        self._folder.before_write(self._path)
+        self._folder.grow(min(0, nbytes - self.size()), self._path)  # growing makes a hole: no room needed
         if self._inode is None:
             super().truncate(nbytes)
         else:
@@ -582,11 +582,12 @@ class FaultyFiles(RealFiles):
         if not folder.loses_unsynced:
             size = os.path.getsize(path)  # noqa: PTH202
             super().unlink(path)
-            folder.grow(-size)
+            folder.grow(-size, path)
             return
         with folder.names_lock:
             inode = folder.names.get(path)
-            folder.grow(-(os.fstat(inode.memory).st_size if inode is not None else os.path.getsize(path)))  # noqa: PTH202
+            size = os.fstat(inode.memory).st_size if inode is not None else os.path.getsize(path)  # noqa: PTH202
+            folder.grow(-size, path)
             self._replace(folder, path, None)
 
     def _replace(self, folder: _Folder, path: str, inode: _Inode | None) -> None:
