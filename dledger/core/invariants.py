@@ -6,6 +6,11 @@ matching, leader completeness) is checked in `chaos.sim.properties`.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
+from dledger.core.errors import LocalError
+from dledger.core.membership import check_single_step
+from dledger.core.quorum import majority
 from dledger.core.raft import Raft
 from dledger.core.types import Role
 
@@ -33,7 +38,6 @@ class Watch:
         self._role = raft.role
         self._last_index = raft.last_index
         self._last_crc = raft.last_crc
-        self._marks: dict[str, int] = {}
 
     def check(self) -> None:
         """Raises InvariantBroken."""
@@ -58,9 +62,25 @@ class Watch:
             self._check_leader(raft)
         else:
             _require(not raft.progress and not raft.is_transferring, "only a leader tracks peers", raft)
-            self._marks = {}
+            _require(not raft.reads_waiting, "only a leader keeps reads waiting", raft)
+        self._check_members(raft)
         self._term, self._vote, self._commit, self._role = raft.term, raft.vote, raft.commit_index, raft.role
         self._last_index, self._last_crc = raft.last_index, raft.last_crc
+
+    def _check_members(self, raft: Raft) -> None:
+        index = raft.config_index
+        _require(raft.members == raft.configs.members and raft.voters == raft.members.voters, "one list counts", raft)
+        _require(index <= raft.last_index, "the CONFIG entry in force is in the log", raft)
+        _require(raft.is_config_committed == (index <= raft.commit_index), "open until committed", raft)
+        if raft.role is not Role.FOLLOWER:
+            # Dissertation 4.2.2: who is being removed may lead until that is committed, and nobody else does.
+            _require(raft.is_voter or not raft.is_config_committed, "only a voter campaigns or leads", raft)
+        chain = [raft.configs.at(raft.commit_index), *(members for _, members in raft.configs.above(raft.commit_index))]
+        for old, new in pairwise(chain):
+            try:
+                check_single_step(old, new)
+            except LocalError as error:
+                raise InvariantBroken(f"one member at a time: {error}") from error
 
     def _check_leader(self, raft: Raft) -> None:
         _require(raft.leader == raft.node_id == raft.vote, "a leader follows and voted for itself", raft)
@@ -73,6 +93,22 @@ class Watch:
                 "a leader never rewrites its log",
                 raft,
             )
+        _require(raft.progress.keys() >= set(raft.peers), "a leader tracks every member", raft)
+        if raft.is_config_committed:
+            _require(raft.progress.keys() == set(raft.peers), "a leader tracks members only", raft)
+        if 0 < raft.noop_index <= raft.commit_index:
+            open_changes = len(raft.configs.above(raft.commit_index))
+            _require(open_changes <= 1, "one change of members at a time (Raft 6)", raft)
+        if raft.commit_index > self._commit:
+            # 7: what is committed, a quorum of the voters in force has.
+            marks = {
+                peer: progress.durable if raft.config.sync else progress.written
+                for peer, progress in raft.progress.items()
+            }
+            marks[raft.node_id] = raft.durable_index if raft.config.sync else raft.written_index
+            holders = sum(1 for voter in raft.voters if marks[voter] >= raft.commit_index)
+            _require(holders >= majority(len(raft.voters)), "a quorum of the voters has what is committed", raft)
+        _require(raft.reads_waiting <= raft.config.reads_waiting_max, "waiting reads within their bound", raft)
         for peer, progress in raft.progress.items():
             _require(
                 progress.durable <= progress.written <= raft.last_index,

@@ -17,6 +17,7 @@ class Progress:
 
     __slots__ = (
         "commit_sent",
+        "disk_ok",
         "durable",
         "inflight",
         "inflight_bytes",
@@ -31,20 +32,22 @@ class Progress:
         "prev_term",
         "probe_seq",
         "reply_seq",
+        "segments_until",
         "seq",
         "stale_seq",
         "state",
         "written",
     )
 
-    def __init__(self, peer: str, next_index: int, now: float, *, is_connected: bool) -> None:
+    def __init__(self, peer: str, next_index: int, now: float, *, is_connected: bool, seq: int = 0) -> None:
+        # `seq` goes on where it was when the same node was a member before in this term: old answers stay old.
         self.peer = peer
         self.state = PeerState.PROBE
         self.next_index = next_index
         self.written = 0
         self.durable = 0
-        self.seq = 0
-        self.stale_seq = 0
+        self.seq = seq
+        self.stale_seq = seq
         self.reply_seq = 0
         self.probe_seq = 0
         self.is_probe_sent = False
@@ -54,6 +57,9 @@ class Progress:
         self.last_sent_at = now
         self.last_reply_at = now
         self.commit_sent = 0
+        self.disk_ok = True
+        # SEGMENTS: entries from here on are ours to send.
+        self.segments_until = 0
         # Identity of the entry before `next_index`, remembered from the last message; valid where the index agrees.
         self.prev_index = -1
         self.prev_term = 0

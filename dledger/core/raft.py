@@ -70,9 +70,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, assert_never
 
-from attrs import define
-
 from dledger.core import effects as fx
+from dledger.core.catch_up import bytes_behind, first_to_send, is_far_behind
 from dledger.core.config import RaftConfig
 from dledger.core.effects import Effect
 from dledger.core.election import Ballot, is_up_to_date
@@ -94,7 +93,7 @@ from dledger.core.events import (
     Written,
 )
 from dledger.core.log import LogView
-from dledger.core.membership import ConfigHistory, Members
+from dledger.core.membership import ConfigHistory, Members, check_single_step, decode_members, promoted
 from dledger.core.messages import (
     Append,
     AppendReply,
@@ -107,7 +106,10 @@ from dledger.core.messages import (
     VoteReply,
 )
 from dledger.core.progress import Progress
-from dledger.core.quorum import quorum_mark
+from dledger.core.quorum import majority, quorum_mark
+from dledger.core.read_index import ReadRounds
+from dledger.core.shape import check_append
+from dledger.core.succession import TransferInProgress, best_successor, jitter_share, preferred
 from dledger.core.transitions import ROLE_TRANSITIONS, Cause, PeerCause, PeerState
 from dledger.core.types import Entry, EntryType, HardState, Role, next_position
 
@@ -115,6 +117,7 @@ if TYPE_CHECKING:
     from random import Random
 
 NEVER = float("-inf")
+_CONFIG = int(EntryType.CONFIG)
 UNKNOWN_POSITION = -1
 PROBE_BYTES_MAX = 64 * 1024
 """A probe that may be in vain carries no more than this."""
@@ -129,20 +132,14 @@ class _Broken(Exception):
     """Leaves a step after `Fatal`."""
 
 
-@define
-class _TransferInProgress:
-    target: str
-    ticket: int
-    deadline: float
-    is_sent: bool = False
-
-
 class Raft:
-    """A member of the group `voters`. Public attributes are for reading.
+    """One node of a group. Public attributes are for reading.
 
-    `rng` decides timeouts and nothing else. `hard_state` is the one last saved, `log` the log as recovered, all of it
-    on stable storage. `commit_index` may name an entry that is committed for sure. `recovering`: see the essay. Raises
-    LocalError when `node_id` is not a voter.
+    `voters` is the bootstrap list, `configs` are the CONFIG entries known, ascending by index: those of the log and the
+    one before its first entry; the last one is in force, committed or not. `rng` decides timeouts and nothing else.
+    `hard_state` is the one last saved, `log` the log as recovered, all of it on stable storage. `commit_index` may name
+    an entry that is committed for sure. `recovering`: see the essay. Raises LocalError when there is no voter or the
+    CONFIG entries do not fit the log.
     """
 
     def __init__(
@@ -160,12 +157,19 @@ class Raft:
         configs: Sequence[tuple[int, Members]] = (),
     ) -> None:
         self.node_id = node_id
-        self.configs = ConfigHistory(Members(voters), configs)
-        self.voters = self.configs.members.voters
-        if node_id not in self.voters:
-            raise LocalError(f"{node_id} is not a member of its own group {', '.join(self.voters)}")
-        self.peers: tuple[str, ...] = tuple(voter for voter in self.voters if voter != node_id)
         self.config = config
+        self.configs = ConfigHistory(Members(voters), configs)
+        if self.configs.index > log.last_index:
+            raise LocalError(f"CONFIG entry {self.configs.index} lies behind the end of the log, {log.last_index}")
+        self.members = self.configs.members
+        self.voters = self.members.voters
+        self.peers: tuple[str, ...] = ()
+        self.is_voter = False
+        self._voting_peers: tuple[str, ...] = ()
+        self._jitter_share = 1.0
+        if not self.members.voters:
+            raise LocalError("a group without a voter")
+        self._note_members()
         self.log = log
         self._rng = rng
 
@@ -187,6 +191,10 @@ class Raft:
         self.durable_index = self.last_index
         # Only what is committed is ever trimmed.
         self.commit_index = min(max(commit_index, log.first_index - 1), self.last_index)
+        self.configs.settle(self.commit_index)
+        # The CONFIG entry in force while it is not committed, else 0.
+        self._open_config = self.configs.index if self.configs.index > self.commit_index else 0
+        self._is_told_removed = False
 
         # Follower.
         self.verified_index = 0
@@ -200,6 +208,7 @@ class Raft:
         self._reply_hint = (0, 0)
         self._reply_due = False
         self._reply_marks = (0, 0)
+        self._segments_from = 0
 
         # Pre-candidate, candidate.
         self._ballot = Ballot(self.voters)
@@ -211,8 +220,12 @@ class Raft:
         self.noop_index = 0
         self._heartbeat_due = now
         self._quorum_since = now
-        self._transfer: _TransferInProgress | None = None
+        self._transfer: TransferInProgress | None = None
+        self._reads = ReadRounds()
+        self._undisturbed_since = now
+        self._seq_of_gone: dict[str, int] = {}
 
+        self._now = now
         self._is_unsaved = False
         self._is_save_wanted = False
         self._held: dict[tuple[str, type], fx.Send] = {}
@@ -223,7 +236,7 @@ class Raft:
         self._timeout = 0.0
         self._election_deadline = now
         self._arm_election_timer(now)
-        if not self.peers:
+        if self.voters == (node_id,):
             self._campaign_soon(now, config.fresh_start_jitter_max)
 
     # What the driver asks
@@ -240,6 +253,19 @@ class Raft:
     @property
     def is_transferring(self) -> bool:
         return self._transfer is not None
+
+    @property
+    def reads_waiting(self) -> int:
+        return len(self._reads)
+
+    @property
+    def config_index(self) -> int:
+        """Index of the CONFIG entry whose `members` are in force; 0 for the bootstrap list."""
+        return self.configs.index
+
+    @property
+    def is_config_committed(self) -> bool:
+        return not self._open_config
 
     @property
     def deadline(self) -> float:
@@ -261,6 +287,7 @@ class Raft:
         effects: list[Effect] = []
         self._effects = effects
         self._appended = ()
+        self._now = event.now
         try:
             match event:
                 case Receive():
@@ -286,9 +313,9 @@ class Raft:
                 case Transfer():
                     self._begin_transfer(event.now, event.target)
                 case ReadIndex():
-                    effects.append(fx.ReadRefused(event.token, "reads by index are not served"))
+                    self._read_index(event.token)
                 case AcceptLoss():
-                    self._accept_loss()
+                    self._accept_loss(event.now)
                 case _:
                     assert_never(event)
         except _Broken:
@@ -335,12 +362,15 @@ class Raft:
             self._effects.append(fx.RoleChanged(self.role, self.term, self.leader, cause.value))
 
     def _arm_election_timer(self, now: float) -> None:
-        self._timeout = self._rng.uniform(self.config.election_timeout_min, self.config.election_timeout_max)
+        shortest = self.config.election_timeout_min
+        span = self.config.election_timeout_max - shortest
+        self._timeout = self._rng.uniform(shortest, shortest + span * self._jitter_share)
         self._election_deadline = now + self._timeout
         self._has_deferred = False
 
     def _campaign_soon(self, now: float, jitter_max: float, jitter_min: float = 0.0) -> None:
-        self._election_deadline = now + self._rng.uniform(jitter_min, jitter_max)
+        span = jitter_max - jitter_min
+        self._election_deadline = now + self._rng.uniform(jitter_min, jitter_min + span * self._jitter_share)
         self._has_deferred = False
 
     def _hears_leader(self, now: float) -> bool:
@@ -393,6 +423,7 @@ class Raft:
         self._reply_seq = 0
         self._reply_due = False
         self._reply_marks = (0, 0)
+        self._segments_from = 0
 
     def _follow(self, now: float, cause: Cause, term: int, leader: str | None) -> None:
         """Become, or stay, a follower of `term`; adopt and save it when it is higher than ours."""
@@ -404,6 +435,8 @@ class Raft:
         if was is Role.LEADER:
             self.progress = {}
             self.noop_index = 0
+            for token in self._reads.give_up():
+                self._effects.append(fx.ReadRefused(token, cause.value))
             if self._transfer is not None:
                 self._effects.append(fx.TransferEnded(self._transfer.target, True, cause.value))
                 self._transfer = None
@@ -412,7 +445,11 @@ class Raft:
         self._announce(cause)
 
     def _campaign(self, now: float, cause: Cause, ticket: int) -> None:
-        """Begin a pre-vote round."""
+        """Begin a pre-vote round, where this node may."""
+        if not self._may_campaign:
+            self._follow(now, Cause.LEADER_SILENT, self.term, None)
+            self._arm_election_timer(now)
+            return
         if not self.is_disk_ok:
             self._arm_election_timer(now)
             return
@@ -426,7 +463,7 @@ class Raft:
         self._ballot.record(self.node_id, granted=True, recovering=self.recovering)
         self._election_deadline = now + self.config.round_timeout
         self._announce(cause)
-        for peer in self.peers:
+        for peer in self._voting_peers:
             self._send(peer, PreVote(self.term + 1, self.last_index, self.last_term, ticket))
         self._judge_round(now)
 
@@ -438,7 +475,7 @@ class Raft:
         self._ballot = Ballot(self.voters)
         self._election_deadline = now + self.config.round_timeout
         self._announce(Cause.PRE_VOTES_WON)
-        for peer in self.peers:
+        for peer in self._voting_peers:
             self._send(peer, Vote(self.term, self.last_index, self.last_term, self._ticket))
 
     def _lead(self, now: float) -> None:
@@ -451,9 +488,9 @@ class Raft:
         self.noop_index = 0
         self._quorum_since = now
         self._heartbeat_due = now
-        self.progress = {
-            peer: Progress(peer, self.last_index + 1, now, is_connected=peer not in self._down) for peer in self.peers
-        }
+        self._undisturbed_since = now
+        self._seq_of_gone = {}
+        self._track_members()
         self._announce(Cause.VOTES_WON)
         self._effects.append(fx.NoopNeeded(self.term))
 
@@ -501,24 +538,27 @@ class Raft:
         transfer = self._transfer
         if transfer is not None and now >= transfer.deadline:
             self._transfer = None
+            self._undisturbed_since = now
             self._effects.append(fx.TransferEnded(transfer.target, False, "the target did not take over in time"))
         if now < self._heartbeat_due:
             return
         if now - self._heartbeat_due > self.config.election_timeout_min / 2:
             self._quorum_since = now
-        if self.peers and now - self._quorum_contact(now) > self.config.election_timeout_min:
+        if self._voting_peers and now - self._quorum_contact(now) > self.config.election_timeout_min:
             self._follow(now, Cause.QUORUM_LOST, self.term, None)
             return
         self._heartbeat_due = now + self.config.heartbeat
         recent = now - self.config.heartbeat / 2
         for progress in self.progress.values():
             if progress.last_sent_at <= recent:
-                self._send_append(now, progress, ())
+                self._send_heartbeat(now, progress)
+        self._prefer_leader(now)
 
     def _quorum_contact(self, now: float) -> float:
-        """The last moment at which a quorum, we included, was known to follow us."""
-        contacts = [max(progress.last_reply_at, self._quorum_since) for progress in self.progress.values()]
-        contacts.append(now)
+        """The last moment at which a quorum of the voters, we included if we are one, was known to follow us."""
+        contacts = [max(self.progress[peer].last_reply_at, self._quorum_since) for peer in self._voting_peers]
+        if self.is_voter:
+            contacts.append(now)
         return quorum_mark(contacts)
 
     # Connections and disk
@@ -546,7 +586,8 @@ class Raft:
             self._restart_peer(progress)
         elif self._is_fresh:
             self._reached.add(peer)
-            if len(self._reached) == len(self.peers) and self.leader is None and self.role is Role.FOLLOWER:
+            is_all = self._reached.issuperset(self._voting_peers)
+            if is_all and self.is_voter and self.leader is None and self.role is Role.FOLLOWER:
                 self._is_fresh = False
                 self._campaign_soon(now, self.config.fresh_start_jitter_max)
 
@@ -562,23 +603,27 @@ class Raft:
         if self.role is Role.LEADER:
             # Heartbeats come from the loop and writes from the disk: without this a dead disk keeps the throne
             # (hashicorp/raft#503). Whoever is furthest gets the word to go on.
-            if self.progress and not self._is_unsaved:
-                successor = max(self.progress.values(), key=lambda progress: (progress.is_connected, progress.written))
-                self._send(successor.peer, TimeoutNow(self.term, self._rng.getrandbits(48) | 1))
+            self._name_successor()
             self._follow(now, Cause.DISK_BAD, self.term, None)
         elif self.role is not Role.FOLLOWER:
             self._follow(now, Cause.DISK_BAD, self.term, None)
 
-    def _accept_loss(self) -> None:
-        if self.recovering:
-            self.recovering = False
-            self._effects.append(fx.Recovered(self.term))
+    def _accept_loss(self, now: float) -> None:
+        if not self.recovering:
+            return
+        self.recovering = False
+        self._effects.append(fx.Recovered(self.term))
+        if self.role is not Role.FOLLOWER:
+            # Our own vote was counted as a doubtful one.
+            self._follow(now, Cause.LOSS_ACCEPTED, self.term, self.leader)
+        if self.leader is None:
+            self._campaign_soon(now, self.config.fresh_start_jitter_max)
 
     # Messages
 
     def _receive(self, now: float, peer: str, message: Message) -> None:
-        if peer not in self.peers:
-            raise RemoteError(f"{peer} is not a member of this group")
+        if peer == self.node_id:
+            raise RemoteError(f"a message of {peer} to itself")
         if self._down:
             self._down.discard(peer)
         match message:
@@ -597,7 +642,7 @@ class Raft:
             case TimeoutNow():
                 self._receive_timeout_now(now, peer, message)
             case SegmentsOffer():
-                raise RemoteError(f"{peer} offers segments to a node that never asked for any")
+                self._receive_segments_offer(now, peer, message)
             case _:
                 assert_never(message)
 
@@ -612,8 +657,14 @@ class Raft:
         # In a term that is already ours we may have voted, and then a grant would be a lie.
         is_term_free = message.term > self.term or (message.term == self.term and self.vote in (None, peer))
         is_log_good = self._accepts_log(message)
-        granted = is_term_free and not has_leader and is_log_good
-        self._send(peer, PreVoteReply(self.term, message.term, granted, has_leader, self.recovering))
+        # By what is committed the asker has no vote, and it knows no more than we do: it can stop asking.
+        is_longer = (message.last_term, message.last_index) > (self.last_term, self.last_index)
+        is_member = peer in self.voters
+        is_removed = not is_member and not self._open_config and not is_longer
+        granted = is_term_free and not has_leader and is_log_good and not is_removed
+        self._send(peer, PreVoteReply(self.term, message.term, granted, has_leader, self.recovering, is_removed))
+        if not is_member:
+            return
         if not granted:
             if not is_log_good and self.role is Role.FOLLOWER and not self._hears_leader(now):
                 # Somebody misses a leader, we hear none either, and ours is the better log.
@@ -648,12 +699,24 @@ class Raft:
             return
         if self.role is not Role.PRE_CANDIDATE or message.proposed != self.term + 1:
             return
+        if message.removed and not message.granted:
+            self._is_told_removed = True
+            self._follow(now, Cause.REMOVED, self.term, None)
+            return
         self._saw_leader = self._saw_leader or message.has_leader
         self._ballot.record(peer, granted=message.granted, recovering=message.recovering)
         self._judge_round(now)
 
     def _receive_vote(self, now: float, peer: str, message: Vote) -> None:
-        """Raft 5.2, 5.4.1. The term first; "I hear a leader" is the pre-vote's question, a real vote always counts."""
+        """Raft 5.2, 5.4.1. The term first; "I hear a leader" is the pre-vote's question, a real vote always counts.
+
+        Except for a node that is no voter as far as we know: it must not depose a leader that we hear (dissertation
+        4.2.3). Otherwise votes are given without looking at the members, the asker's or ours: it is the asker that
+        counts, and we may have missed that either of us has become a voter (dissertation 4.1).
+        """
+        if peer not in self.voters and not message.ticket and self._hears_leader(now):
+            self._send(peer, VoteReply(self.term, False, self.recovering))
+            return
         if message.term > self.term:
             self._follow(now, Cause.HIGHER_TERM, message.term, None)
         granted = message.term == self.term and self.vote in (None, peer) and self._accepts_log(message)
@@ -672,32 +735,16 @@ class Raft:
             self._judge_round(now)
 
     def _receive_timeout_now(self, now: float, peer: str, message: TimeoutNow) -> None:
-        if message.term == self.term and peer == self.leader and self.role is Role.FOLLOWER and not self.recovering:
+        is_ours = message.term == self.term and peer == self.leader and self.role is Role.FOLLOWER
+        if is_ours and self.is_voter and not self.recovering:
             self._campaign(now, Cause.TIMEOUT_NOW, message.ticket)
 
     # Following
 
     def _receive_append(self, now: float, peer: str, message: Append) -> None:
-        _check_shape(message, self.config.segment_bytes)
-        if message.term < self.term:
-            # The sender learns our term from this and steps down (dledger#85). No sequence: it would be taken for an
-            # answer of our term if the sender leads that one by now.
-            self._send(peer, AppendReply(self.term, 0, False, 0, 0))
+        check_append(message, self.config.segment_bytes)
+        if not self._hear_leader(now, peer, message.term):
             return
-        if message.term > self.term:
-            self._follow(now, Cause.HIGHER_TERM, message.term, peer)
-        elif self.role is Role.LEADER or self.leader not in (None, peer):
-            raise self._break(f"{peer} and {self.leader} both lead term {self.term} (Raft 5.2)")
-        elif self.role is Role.PRE_CANDIDATE and self._ticket:
-            # This very leader told us to campaign; what it sent behind that is no reason to stop.
-            self.leader = peer
-        elif self.leader is None or self.role is not Role.FOLLOWER:
-            self._follow(now, Cause.LEADER_HEARD, self.term, peer)
-        self._heard_leader_at = now
-        if self.role is Role.FOLLOWER:
-            self._election_deadline = now + self._timeout
-        self._is_fresh = False
-
         self._reply_seq = message.seq
         if not self._has_predecessor(message):
             self._reply_ok = False
@@ -718,6 +765,45 @@ class Raft:
         mark = self.durable_index if self.config.sync else self.written_index
         if not entries or mark >= verified:
             self._reply_due = True
+
+    def _hear_leader(self, now: float, peer: str, term: int) -> bool:
+        """A leader of `term` speaks to us, be it a member for us or not (dissertation 4.1). False: of an old term."""
+        if term < self.term:
+            # The sender learns our term from this and steps down (dledger#85). No sequence: it would be taken for an
+            # answer of our term if the sender leads that one by now.
+            self._send(peer, AppendReply(self.term, 0, False, 0, 0))
+            return False
+        if term > self.term:
+            self._follow(now, Cause.HIGHER_TERM, term, peer)
+        elif self.role is Role.LEADER or self.leader not in (None, peer):
+            raise self._break(f"{peer} and {self.leader} both lead term {self.term} (Raft 5.2)")
+        elif self.role is Role.PRE_CANDIDATE and self._ticket:
+            # This very leader told us to campaign; what it sent behind that is no reason to stop.
+            self.leader = peer
+        elif self.leader is None or self.role is not Role.FOLLOWER:
+            self._follow(now, Cause.LEADER_HEARD, self.term, peer)
+        self._heard_leader_at = now
+        if self.role is Role.FOLLOWER:
+            self._election_deadline = now + self._timeout
+        self._is_fresh = False
+        self._is_told_removed = False
+        return True
+
+    def _receive_segments_offer(self, now: float, peer: str, message: SegmentsOffer) -> None:
+        """The leader does not send us what we lack: it has to come as whole segments (raft.md 4.7)."""
+        if message.seq < 1 or message.first_index < 1:
+            raise RemoteError(f"impossible offer: {message.seq=} {message.first_index=}")
+        if not self._hear_leader(now, peer, message.term):
+            return
+        self._reply_seq = message.seq
+        self._reply_ok = False
+        self._reply_hint = (self.last_index, self.last_term)
+        self._reply_due = True
+        if message.commit > self._leader_commit:
+            self._leader_commit = message.commit
+        if message.first_index != self._segments_from:
+            self._segments_from = message.first_index
+            self._effects.append(fx.NeedSegments(peer, message.first_index))
 
     def _has_predecessor(self, message: Append) -> bool:
         """Do we hold the very entry before the leader's? (Raft 5.3, consistency check)"""
@@ -775,6 +861,8 @@ class Raft:
         self.position_end = kept[0].end if kept else UNKNOWN_POSITION if keep else 0
         self.written_index = min(self.written_index, keep)
         self.durable_index = min(self.durable_index, keep)
+        if self.configs.cut(from_index):
+            self._change_members()
 
     def _append(self, entries: Sequence[Entry]) -> None:
         first, last = entries[0], entries[-1]
@@ -784,16 +872,26 @@ class Raft:
             raise self._break(
                 f"entry {first.index} claims position {first.position}; our log ends at {self.position_end}"
             )
+        configs = [entry for entry in entries if entry.type == _CONFIG]
+        try:
+            changes = [(entry.index, decode_members(entry.body)) for entry in configs]
+        except ValueError as error:
+            raise self._break(f"a CONFIG entry between {first.index} and {last.index}: {error}") from error
         self._effects.append(fx.Append(entries))
         self._appended = entries
         self.last_index, self.last_term, self.last_crc = last.index, last.term, last.head_crc
         self.position_end = last.end
+        for index, members in changes:
+            self.configs.append(index, members)
+            self._change_members()
 
     def _advance_follower_commit(self) -> None:
         commit = min(self._leader_commit, self.verified_index, self.written_index)
         if commit > self.commit_index:
             self.commit_index = commit
             self._effects.append(fx.Commit(commit))
+            if 0 < self._open_config <= commit:
+                self._settle_members()
         # Only a commit index in the leader's own term covers everything that was ever committed (Raft 5.4.2), so only
         # that one shows what a power loss may have taken from us.
         if (
@@ -818,7 +916,10 @@ class Raft:
         self._reply_marks = (written, durable)
         hint_index, hint_term = (0, 0) if self._reply_ok else self._reply_hint
         self._send(
-            leader, AppendReply(self.term, self._reply_seq, self._reply_ok, written, durable, hint_index, hint_term)
+            leader,
+            AppendReply(
+                self.term, self._reply_seq, self._reply_ok, written, durable, hint_index, hint_term, self.is_disk_ok
+            ),
         )
 
     # Leading
@@ -842,9 +943,18 @@ class Raft:
             raise LocalError(
                 f"proposal at index {first.index} does not continue the log, which ends at {self.last_index}"
             )
+        configs = [entry for entry in entries if entry.type == _CONFIG]
+        if configs:
+            refusal = self._refuse_members(configs)
+            if refusal is not None:
+                self._effects.append(fx.Refused(entries, refusal))
+                return
         self._append(entries)
         if not self.noop_index:
             self.noop_index = first.index
+        if configs:
+            # Fewer voters may make a quorum of those who have the entries before this one.
+            self._advance_leader_commit()
 
     def _note_mark(self, index: int, term: int, *, is_durable: bool) -> None:
         if self._term_at(index) != term:
@@ -860,25 +970,36 @@ class Raft:
             self._advance_follower_commit()
 
     def _advance_leader_commit(self) -> None:
+        progress = self.progress
         if self.config.sync:
-            marks = [progress.durable for progress in self.progress.values()]
-            marks.append(self.durable_index)
+            marks = [progress[peer].durable for peer in self._voting_peers]
+            own = self.durable_index
         else:
-            marks = [progress.written for progress in self.progress.values()]
-            marks.append(self.written_index)
+            marks = [progress[peer].written for peer in self._voting_peers]
+            own = self.written_index
+        if self.is_voter:
+            marks.append(own)
         commit = min(quorum_mark(marks), self.written_index)
         # Raft 5.4.2: only an entry of our own term is committed by counting; all of ours stand behind the no-op.
         if commit > self.commit_index and 0 < self.noop_index <= commit:
             self.commit_index = commit
             self._effects.append(fx.Commit(commit))
+            if self._reads:
+                self._confirm_reads()
+            if 0 < self._open_config <= commit:
+                self._settle_members()
 
     def _receive_append_reply(self, now: float, peer: str, message: AppendReply) -> None:
         if message.term > self.term:
+            if self.role is Role.LEADER and peer not in self.progress:
+                return  # a removed node deposes nobody
             self._follow(now, Cause.HIGHER_TERM, message.term, None)
             return
         if self.role is not Role.LEADER or message.term != self.term:
             return
-        progress = self.progress[peer]
+        progress = self.progress.get(peer)
+        if progress is None:
+            return  # it has been removed meanwhile
         seq = message.seq
         if seq > progress.seq or message.written > self.last_index or message.durable > message.written:
             raise RemoteError(f"{peer} answers what was never sent: {message}")
@@ -886,6 +1007,7 @@ class Raft:
             return
         progress.reply_seq = seq
         progress.last_reply_at = now
+        progress.disk_ok = message.disk_ok
         progress.note_answered(seq)
         has_more = False
         if message.written > progress.written:
@@ -895,12 +1017,17 @@ class Raft:
             progress.durable = message.durable
             has_more = True
         if message.ok:
-            if progress.state is not PeerState.REPLICATE and seq >= progress.probe_seq:
-                progress.change(PeerCause.MATCHED)
+            if progress.state is PeerState.PROBE and seq >= progress.probe_seq:
+                if is_far_behind(self.log, progress.written, self.position_end, self.config):
+                    self._offer_segments(progress, PeerCause.FAR_BEHIND)
+                else:
+                    progress.change(PeerCause.MATCHED)
         else:
             self._step_back(progress, message)
         if has_more:
             self._advance_leader_commit()
+        if self._reads:
+            self._confirm_reads()
         transfer = self._transfer
         if transfer is not None and transfer.target == peer:
             self._pursue_transfer(transfer)
@@ -911,14 +1038,42 @@ class Raft:
         # Within one connection a follower loses nothing it reported; behind a new one it may have, by a power loss.
         progress.written = min(progress.written, message.hint_index)
         progress.durable = min(progress.durable, message.hint_index)
-        progress.next_index = agreed + 1
-        first = self.log.first_index
         # A term above the hinted one: the search ended at our first entry without finding agreement.
-        if progress.next_index < first or agreed_term > message.hint_term:
-            progress.change(PeerCause.BELOW_FIRST)
-            progress.next_index = first
+        can_agree = agreed_term <= message.hint_term
+        if progress.state is PeerState.SEGMENTS:
+            if can_agree and agreed >= progress.segments_until - 1:
+                progress.change(PeerCause.REACHED)
+                progress.next_index = agreed + 1
+        elif not can_agree or agreed + 1 < self.log.first_index:
+            self._offer_segments(progress, PeerCause.BELOW_FIRST)
         else:
             progress.change(PeerCause.REJECTED)
+            progress.next_index = agreed + 1
+
+    # Segments
+
+    def _offer_segments(self, progress: Progress, cause: PeerCause) -> None:
+        progress.change(cause)
+        progress.segments_until = first_to_send(self.log, self.position_end, self.config)
+        progress.next_index = progress.segments_until
+
+    # Sending
+
+    def _send_heartbeat(self, now: float, progress: Progress) -> None:
+        if progress.state is PeerState.SEGMENTS:
+            self._send_offer(now, progress)
+        else:
+            self._send_append(now, progress, ())
+
+    def _send_offer(self, now: float, progress: Progress) -> None:
+        # Retention goes on meanwhile.
+        progress.segments_until = max(progress.segments_until, self.log.first_index)
+        progress.next_index = progress.segments_until
+        progress.seq += 1
+        progress.last_sent_at = now
+        progress.is_probe_sent = True
+        offer = SegmentsOffer(self.term, progress.seq, progress.segments_until, self.commit_index)
+        self._effects.append(fx.Send(progress.peer, offer))
 
     def _send_append(self, now: float, progress: Progress, entries: Sequence[Entry]) -> None:
         prev_index = progress.next_index - 1
@@ -929,13 +1084,11 @@ class Raft:
         else:
             term, crc = self.log.term_at(prev_index), self.log.head_crc_at(prev_index)
             if term is None or crc is None:
-                # Trimmed since: start from what is left.
-                progress.change(PeerCause.BELOW_FIRST)
-                progress.next_index = self.log.first_index
-                prev_index = progress.next_index - 1
-                term, crc = self.log.term_at(prev_index), self.log.head_crc_at(prev_index)
-                entries = ()
-            prev_term, prev_crc = term or 0, crc or 0
+                # Trimmed since.
+                self._offer_segments(progress, PeerCause.BELOW_FIRST)
+                self._send_offer(now, progress)
+                return
+            prev_term, prev_crc = term, crc
         progress.seq += 1
         message = Append(self.term, prev_index, prev_term, prev_crc, self.commit_index, progress.seq, entries)
         progress.last_sent_at = now
@@ -952,6 +1105,8 @@ class Raft:
             self._end_follower_turn()
             return
         config = self.config
+        if self._reads:
+            self._begin_read_round(now)
         for progress in self.progress.values():
             if progress.state is PeerState.REPLICATE:
                 while (
@@ -966,8 +1121,11 @@ class Raft:
                 if progress.commit_sent < self.commit_index:
                     # Followers serve reads up to their commit index: news at once, window or not (raft.md 4.8).
                     self._send_append(now, progress, ())
-            elif progress.state is PeerState.PROBE and not progress.is_probe_sent and progress.is_connected:
-                self._probe(now, progress)
+            elif not progress.is_probe_sent and progress.is_connected:
+                if progress.state is PeerState.PROBE:
+                    self._probe(now, progress)
+                else:
+                    self._send_offer(now, progress)
 
     def _probe(self, now: float, progress: Progress) -> None:
         entries: Sequence[Entry] = ()
@@ -988,40 +1146,180 @@ class Raft:
             refusal = "this node is not the leader"
         elif self._transfer is not None:
             refusal = f"a transfer to {self._transfer.target} is under way"
-        elif target is not None and target not in self.progress:
-            refusal = f"{target} is not another member of this group"
-        elif not self.progress:
-            refusal = "there is no other member"
+        elif target is not None and target not in self._voting_peers:
+            refusal = f"{target} is not another voter of this group"
+        elif not self._voting_peers:
+            refusal = "there is no other voter"
         if refusal is not None:
             self._effects.append(fx.TransferEnded(target, False, refusal))
             return
         if target is None:
-            best = max(self.progress.values(), key=lambda progress: (progress.is_connected, progress.written))
-            target = best.peer
+            target = best_successor(self._voters_progress())
+            assert target is not None
         deadline = now + self.config.election_timeout_min
-        self._transfer = _TransferInProgress(target, self._rng.getrandbits(48) | 1, deadline)
+        self._transfer = TransferInProgress(target, self._rng.getrandbits(48) | 1, deadline)
         self._pursue_transfer(self._transfer)
 
-    def _pursue_transfer(self, transfer: _TransferInProgress) -> None:
+    def _pursue_transfer(self, transfer: TransferInProgress) -> None:
         """Once the target has everything, tell it to campaign; proposals have stopped, so it stays level."""
         progress = self.progress[transfer.target]
         if not transfer.is_sent and progress.state is PeerState.REPLICATE and progress.written == self.last_index:
             transfer.is_sent = True
             self._send(transfer.target, TimeoutNow(self.term, transfer.ticket))
 
+    def _name_successor(self) -> None:
+        """We stop leading now: let the best of the others go on without waiting for a timeout."""
+        successor = best_successor(self._voters_progress())
+        if successor is not None and not self._is_unsaved:
+            self._send(successor, TimeoutNow(self.term, self._rng.getrandbits(48) | 1))
 
-def _check_shape(message: Append, segment_bytes: int) -> None:
-    """Refuse an Append that contradicts itself, before it has touched anything. Raises RemoteError."""
-    index, term, crc = message.prev_index, message.prev_term, message.prev_crc
-    end = UNKNOWN_POSITION
-    for entry in message.entries:
-        index += 1
-        if entry.index != index or entry.term < term or entry.term > message.term or entry.prev_crc != crc:
-            raise RemoteError(f"entry {entry.index} of term {entry.term} does not follow {index - 1} of term {term}")
-        if len(entry.frame) > segment_bytes:
-            raise RemoteError(f"entry {entry.index} is larger than a segment")
-        if end != UNKNOWN_POSITION and entry.position != next_position(end, len(entry.frame), segment_bytes):
-            raise RemoteError(f"entry {entry.index} claims position {entry.position} behind {end}")
-        term, crc, end = entry.term, entry.head_crc, entry.end
-    if message.prev_term > message.term or message.seq < 1:
-        raise RemoteError(f"impossible append: {message.prev_term=} {message.term=} {message.seq=}")
+    def _prefer_leader(self, now: float) -> None:
+        """Hand over to a preferred voter, when nothing speaks against it (raft.md 4.3): never a forced election."""
+        priorities = self.config.priorities
+        if not priorities or self._transfer is not None or self._open_config:
+            return
+        if now - self._undisturbed_since < self.config.preferred_after:
+            return
+        fit = [
+            progress
+            for progress in self._voters_progress()
+            if progress.is_connected
+            and progress.disk_ok
+            and progress.state is PeerState.REPLICATE
+            and self._is_near(progress)
+        ]
+        target = preferred(fit, priorities, self.node_id)
+        if target is not None:
+            self._begin_transfer(now, target)
+
+    def _voters_progress(self) -> list[Progress]:
+        return [self.progress[peer] for peer in self._voting_peers]
+
+    def _is_near(self, progress: Progress) -> bool:
+        behind = bytes_behind(self.log, progress.written, self.position_end)
+        return behind is not None and behind <= self.config.promote_lag_bytes_max
+
+    # Reads
+
+    def _read_index(self, token: int) -> None:
+        if self.role is not Role.LEADER:
+            self._effects.append(fx.ReadRefused(token, "this node is not the leader"))
+        elif len(self._reads) >= self.config.reads_waiting_max:
+            self._effects.append(fx.ReadRefused(token, "too many reads wait for a confirmation"))
+        else:
+            self._reads.add(token)
+            if self.voters == (self.node_id,):
+                self._confirm_reads()
+
+    def _begin_read_round(self, now: float) -> None:
+        """Ask the voters whether we still lead, on behalf of all reads that have gathered.
+
+        Not before the no-op is committed: until then our commit index may be behind what was acknowledged (5.4.2).
+        """
+        if not self._reads.is_round_due or not 0 < self.noop_index <= self.commit_index:
+            return
+        self._reads.begin(self.commit_index, {peer: self.progress[peer].seq for peer in self._voting_peers})
+        for peer in self._voting_peers:
+            self._send_heartbeat(now, self.progress[peer])
+
+    def _confirm_reads(self) -> None:
+        if self.voters == (self.node_id,) and self._reads.is_round_due and 0 < self.noop_index <= self.commit_index:
+            self._reads.begin(self.commit_index, {})
+        answered = {peer: self.progress[peer].reply_seq for peer in self._voting_peers}
+        index, tokens = self._reads.finish(self.node_id, self.voters, answered)
+        for token in tokens:
+            self._effects.append(fx.ReadReady(token, index))
+
+    # Members
+
+    def _note_members(self) -> None:
+        members = self.configs.members
+        self.members = members
+        self.voters = members.voters
+        self.is_voter = self.node_id in members.voters
+        self.peers = tuple(node for node in members.all if node != self.node_id)
+        self._voting_peers = tuple(node for node in members.voters if node != self.node_id)
+        self._jitter_share = jitter_share(self.node_id, self.voters, self.config.priorities)
+
+    @property
+    def _may_campaign(self) -> bool:
+        """A voter; also one that is none any more by an entry that may not be committed: the others may need its log.
+
+        Its own vote does not count then (dissertation 4.2.2).
+        """
+        was_voter = bool(self._open_config) and self.node_id in self.configs.at(self.commit_index).voters
+        return (self.is_voter or was_voter) and not self._is_told_removed
+
+    def _refuse_members(self, configs: Sequence[Entry]) -> str | None:
+        """Why these CONFIG entries must not be appended now, or None."""
+        if len(configs) > 1:
+            return "one change of members at a time"
+        if not 0 < self.noop_index <= self.commit_index:
+            # Two leaders could otherwise change the same members in ways whose quorums do not meet (raft-dev 2015).
+            return "the no-op of this term must be committed before members change"
+        if self._open_config:
+            return f"the change of members at entry {self._open_config} is not committed yet"
+        try:
+            wanted = decode_members(configs[0].body)
+            check_single_step(self.members, wanted)
+        except (ValueError, LocalError) as error:
+            return str(error)
+        learner = promoted(self.members, wanted)
+        if learner is not None:
+            progress = self.progress[learner]
+            if not progress.is_connected or progress.state is not PeerState.REPLICATE or not self._is_near(progress):
+                return f"{learner} has not caught up"
+        if wanted.voters != self.voters:
+            alive = sum(1 for voter in wanted.voters if voter == self.node_id or self._is_alive(voter))
+            if alive < majority(len(wanted.voters)):
+                return f"of the voters {', '.join(wanted.voters)} too few are alive to commit anything"
+        return None
+
+    def _is_alive(self, peer: str) -> bool:
+        progress = self.progress[peer]
+        return progress.is_connected and self._now - progress.last_reply_at < self.config.election_timeout_min
+
+    def _change_members(self) -> None:
+        """The log has gained or lost a CONFIG entry: from here on, everything is counted among its members."""
+        self._open_config = self.configs.index if self.configs.index > self.commit_index else 0
+        self._note_members()
+        self._is_told_removed = False
+        self._effects.append(fx.MembersChanged(self.configs.index, self.members, not self._open_config))
+        if self.role is Role.LEADER:
+            self._undisturbed_since = self._now
+            self._track_members()
+        elif self.role is not Role.FOLLOWER:
+            self._follow(self._now, Cause.MEMBERS_CHANGED, self.term, self.leader)
+
+    def _track_members(self) -> None:
+        """A Progress for every other member. Who is being removed keeps his until that is committed, to hear of it."""
+        tracked = set(self.peers)
+        if self._open_config:
+            tracked.update(self.configs.at(self.commit_index).all)
+            tracked.discard(self.node_id)
+        for peer in sorted(tracked - self.progress.keys()):
+            self.progress[peer] = Progress(
+                peer,
+                self.last_index + 1,
+                self._now,
+                is_connected=peer not in self._down,
+                seq=self._seq_of_gone.get(peer, 0),
+            )
+        for peer in sorted(self.progress.keys() - tracked):
+            self._seq_of_gone[peer] = self.progress.pop(peer).seq
+
+    def _settle_members(self) -> None:
+        """The CONFIG entry in force is committed."""
+        self.configs.settle(self.commit_index)
+        self._open_config = 0
+        self._effects.append(fx.MembersChanged(self.configs.index, self.members, True))
+        if self.role is not Role.LEADER:
+            return
+        for peer in sorted(self.progress.keys() - set(self.peers)):
+            self._send_heartbeat(self._now, self.progress[peer])
+        self._track_members()
+        if not self.is_voter:
+            for progress in self.progress.values():
+                self._send_heartbeat(self._now, progress)
+            self._name_successor()
+            self._follow(self._now, Cause.REMOVED, self.term, None)

@@ -24,6 +24,10 @@ class Cause(Enum):
     LEADER_CLOSED = "the leader closed its connection"
     QUORUM_LOST = "no quorum answered within the election timeout"
     DISK_BAD = "the disk is failing or stalled"
+    LEADER_SILENT = "no leader is heard, and this node may not become one"
+    MEMBERS_CHANGED = "the members of the group have changed"
+    REMOVED = "this node is no voter of the group any more"
+    LOSS_ACCEPTED = "the operator accepts what may be lost"
 
 
 ROLE_TRANSITIONS: dict[Role, dict[Cause, Role]] = {
@@ -33,6 +37,7 @@ ROLE_TRANSITIONS: dict[Role, dict[Cause, Role]] = {
         Cause.HIGHER_TERM: Role.FOLLOWER,
         Cause.LEADER_HEARD: Role.FOLLOWER,
         Cause.LEADER_CLOSED: Role.FOLLOWER,
+        Cause.LEADER_SILENT: Role.FOLLOWER,
     },
     Role.PRE_CANDIDATE: {
         Cause.PRE_VOTES_WON: Role.CANDIDATE,
@@ -41,6 +46,10 @@ ROLE_TRANSITIONS: dict[Role, dict[Cause, Role]] = {
         Cause.HIGHER_TERM: Role.FOLLOWER,
         Cause.LEADER_HEARD: Role.FOLLOWER,
         Cause.DISK_BAD: Role.FOLLOWER,
+        # What was counted, was counted among the former voters.
+        Cause.MEMBERS_CHANGED: Role.FOLLOWER,
+        Cause.REMOVED: Role.FOLLOWER,
+        Cause.LOSS_ACCEPTED: Role.FOLLOWER,
     },
     Role.CANDIDATE: {
         Cause.VOTES_WON: Role.LEADER,
@@ -49,12 +58,15 @@ ROLE_TRANSITIONS: dict[Role, dict[Cause, Role]] = {
         Cause.HIGHER_TERM: Role.FOLLOWER,
         Cause.LEADER_HEARD: Role.FOLLOWER,
         Cause.DISK_BAD: Role.FOLLOWER,
+        Cause.LOSS_ACCEPTED: Role.FOLLOWER,
     },
     Role.LEADER: {
         # No way back to a candidate, and no LEADER_HEARD: a second leader in one term is a broken promise (Raft 5.2).
         Cause.HIGHER_TERM: Role.FOLLOWER,
         Cause.QUORUM_LOST: Role.FOLLOWER,
         Cause.DISK_BAD: Role.FOLLOWER,
+        # It leads until the entry that removes it is committed (dissertation 4.2.2).
+        Cause.REMOVED: Role.FOLLOWER,
     },
 }
 
@@ -67,7 +79,7 @@ class PeerState(IntEnum):
     REPLICATE = 1
     """They agree: send ahead of the answers, up to the window."""
     SEGMENTS = 2
-    """The peer needs entries that are no longer in our log; only whole segments can help it."""
+    """It needs entries that are no longer in our log, or more than is reasonable: whole segments are offered."""
 
 
 class PeerCause(Enum):
@@ -77,6 +89,8 @@ class PeerCause(Enum):
     REJECTED = "the predecessor did not match"
     CONNECTION = "the connection was lost or stands again"
     BELOW_FIRST = "the peer ends before our first entry"
+    FAR_BEHIND = "the peer is too far behind for entries"
+    REACHED = "segments have brought the peer to our entries"
 
 
 PEER_TRANSITIONS: dict[PeerState, dict[PeerCause, PeerState]] = {
@@ -85,17 +99,24 @@ PEER_TRANSITIONS: dict[PeerState, dict[PeerCause, PeerState]] = {
         PeerCause.REJECTED: PeerState.PROBE,
         PeerCause.CONNECTION: PeerState.PROBE,
         PeerCause.BELOW_FIRST: PeerState.SEGMENTS,
+        PeerCause.FAR_BEHIND: PeerState.SEGMENTS,
+        PeerCause.REACHED: PeerState.PROBE,
     },
     PeerState.REPLICATE: {
         PeerCause.MATCHED: PeerState.REPLICATE,
         PeerCause.REJECTED: PeerState.PROBE,
         PeerCause.CONNECTION: PeerState.PROBE,
         PeerCause.BELOW_FIRST: PeerState.SEGMENTS,
+        PeerCause.FAR_BEHIND: PeerState.SEGMENTS,
+        PeerCause.REACHED: PeerState.REPLICATE,
     },
     PeerState.SEGMENTS: {
-        PeerCause.MATCHED: PeerState.REPLICATE,
-        PeerCause.REJECTED: PeerState.PROBE,
+        # An offer matches and rejects nothing: only what the peer says of its end leads out, to a probe.
+        PeerCause.MATCHED: PeerState.SEGMENTS,
+        PeerCause.REJECTED: PeerState.SEGMENTS,
         PeerCause.CONNECTION: PeerState.PROBE,
         PeerCause.BELOW_FIRST: PeerState.SEGMENTS,
+        PeerCause.FAR_BEHIND: PeerState.SEGMENTS,
+        PeerCause.REACHED: PeerState.PROBE,
     },
 }

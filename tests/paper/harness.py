@@ -15,6 +15,7 @@ from dledger.core.events import (
     PeerLost,
     PeerUp,
     Propose,
+    ReadIndex,
     Receive,
     Tick,
     TurnEnd,
@@ -22,6 +23,7 @@ from dledger.core.events import (
 )
 from dledger.core.invariants import Watch
 from dledger.core.log import MemoryLog
+from dledger.core.membership import Change, Members, apply_change, decode_members, encode_members
 from dledger.core.raft import Raft
 from dledger.core.types import HEADER_BYTES, Entry, EntryType, HardState, Role, frame_entry, next_position
 
@@ -37,6 +39,10 @@ def make_log(*terms: int, bodies: str = "") -> MemoryLog:
         assert crc is not None
         log.append((frame_entry(i + 1, term, log.position_end, EntryType.DATA, 1, (body,), crc, 0),))
     return log
+
+
+def configs_of(log: MemoryLog) -> list[tuple[int, Members]]:
+    return [(entry.index, decode_members(entry.body)) for entry in log if entry.type == EntryType.CONFIG]
 
 
 def terms_of(log: MemoryLog) -> list[int]:
@@ -63,9 +69,10 @@ class Member:
         self.waiting_saves = []
         self.waiting_writes = []
         group = self.group
+        extra.setdefault("configs", configs_of(self.log))
         self.raft = Raft(
             self.name,
-            group.names,
+            group.voters,
             group.config,
             Random(f"{self.name}"),
             self.saved,
@@ -130,6 +137,33 @@ class Member:
             raft.last_index + 1, raft.term, position, entry_type, 1, (body,), raft.last_crc, raft.commit_index
         )
 
+    def change(self, change: Change) -> int:
+        """Propose this change of the members in force and end the turn; returns the entry's index."""
+        return self.propose_members(apply_change(self.raft.members, change))
+
+    def propose_members(self, members: Members) -> int:
+        entry = self.frame(encode_members(members), EntryType.CONFIG)
+        self.step(Propose(self.group.now, (entry,)))
+        self.end_turn()
+        return entry.index
+
+    def read(self, token: int) -> None:
+        self.step(ReadIndex(self.group.now, token))
+        self.end_turn()
+
+    @property
+    def refusals(self) -> list[str]:
+        return [effect.reason for effect in self.done if isinstance(effect, fx.Refused)]
+
+    @property
+    def answers(self) -> list[tuple[int, int | str]]:
+        """What became of the reads: (token, index) or (token, reason)."""
+        return [
+            (effect.token, effect.index if isinstance(effect, fx.ReadReady) else effect.reason)
+            for effect in self.done
+            if isinstance(effect, fx.ReadReady | fx.ReadRefused)
+        ]
+
     def propose(self, body: bytes = b"x") -> int:
         """Propose one entry and end the turn; returns its index."""
         entry = self.frame(body)
@@ -149,7 +183,10 @@ class Member:
 
 
 class Group:
-    """`names` are n0, n1, ...; `logs` and `hard_states` are what they find on their disks."""
+    """`names` are n0, n1, ...; `logs` and `hard_states` are what they find on their disks.
+
+    The first `voters` of them are the bootstrap list (all, unless said otherwise); the rest run and wait to be added.
+    """
 
     def __init__(
         self,
@@ -158,9 +195,11 @@ class Group:
         logs: dict[str, MemoryLog] | None = None,
         hard_states: dict[str, HardState] | None = None,
         config: RaftConfig | None = None,
+        voters: int | None = None,
     ) -> None:
         self.now = 100.0
         self.names = [f"n{i}" for i in range(size)]
+        self.voters = self.names[:voters]
         self.config = config or RaftConfig()
         self.wire: list[Packet] = []
         self.cut: set[tuple[str, str]] = set()

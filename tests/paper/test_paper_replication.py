@@ -409,10 +409,10 @@ def test_an_append_that_contradicts_itself_changes_nothing(message: msg.Append) 
     assert (group.raft("n1").last_index, group.raft("n1").term, group.raft("n1").leader) == (0, 0, None)
 
 
-def test_a_message_of_a_stranger_is_refused() -> None:
+def test_a_message_to_oneself_is_refused() -> None:
     group = Group()
     with pytest.raises(RemoteError):
-        group["n1"].receive("n7", msg.Vote(1, 0, 0))
+        group["n1"].receive("n1", msg.Vote(1, 0, 0))
 
 
 def test_an_answer_to_what_was_never_sent_is_refused() -> None:

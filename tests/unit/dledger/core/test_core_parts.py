@@ -14,6 +14,7 @@ from dledger.core.errors import LocalError
 from dledger.core.events import Tick
 from dledger.core.invariants import InvariantBroken, Watch
 from dledger.core.log import MemoryLog
+from dledger.core.membership import Members
 from dledger.core.progress import Progress
 from dledger.core.quorum import majority, quorum_mark
 from dledger.core.raft import Raft
@@ -143,9 +144,14 @@ def test_figures_that_cannot_work_are_refused(wrong: dict[str, float]) -> None:
         RaftConfig(**wrong)  # type: ignore[arg-type]
 
 
-def test_a_node_must_be_a_member_of_its_group() -> None:
-    with pytest.raises(LocalError):
-        Raft("n9", ["n0"], RaftConfig(), Random("x"), HardState(), MemoryLog(), 0.0)
+def test_a_group_has_a_voter() -> None:
+    with pytest.raises(LocalError, match="without a voter"):
+        Raft("n9", [], RaftConfig(), Random("x"), HardState(), MemoryLog(), 0.0)
+
+
+def test_a_config_entry_behind_the_end_of_the_log_is_refused() -> None:
+    with pytest.raises(LocalError, match="behind the end"):
+        Raft("n0", ["n0"], RaftConfig(), Random("x"), HardState(), make_log(1), 0.0, configs=[(2, Members(["n0"]))])
 
 
 def test_election_timeouts_differ_between_nodes_and_stay_in_their_range() -> None:
