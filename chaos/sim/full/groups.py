@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Final
 from zlib import crc32
 
@@ -301,8 +302,9 @@ class GroupsSubject:
             await process.env.clock.sleep(CHECKPOINT_SECONDS)
             if machine.index > covered:
                 index, blob = machine.checkpoint()
-                await process.env.run_in_thread(group.save_checkpoint, index, blob)
-                covered = index
+                with suppress(OSError):  # a full disk; the next one will do
+                    await process.env.run_in_thread(group.save_checkpoint, index, blob)
+                    covered = index
 
     async def stop_node(self, name: str) -> None:
         await self.groups[name].stop_gracefully()

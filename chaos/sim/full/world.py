@@ -163,7 +163,14 @@ class World:
             self.violation = what
             self.at_seconds = self.time.now
             self.note("all", f"BROKEN: {what}")
-            self.scope.cancel()
+            self._end()
+
+    def _end(self) -> None:
+        """Nothing moves any more; not even work in threads is waited for."""
+        self.scope.cancel()
+        for machine in self.machines.values():
+            if machine.process is not None:
+                machine.process.die(power=False, rng=self.rng)
 
     # The run
 
@@ -198,7 +205,7 @@ class World:
                 except trio.TooSlowError:
                     self.broke(f"not level {SECONDS_TO_SETTLE:.0f} s after the last fault: {subject.unsettled()}")
                 self.note("all", "checked")
-                nursery.cancel_scope.cancel()
+                self._end()
 
     async def settle(self, subject: Subject) -> None:
         while subject.unsettled() is not None:  # noqa: ASYNC110 - members of three machines, no event to wait for
