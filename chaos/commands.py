@@ -35,6 +35,11 @@ TOTALS = (
     "recovered",
     "partitions",
     "transfers",
+    "repairs",
+    "installs",
+    "changes",
+    "reads",
+    "faults",
 )
 
 

@@ -1,9 +1,8 @@
-"""One simulated process and its disk: the driver of the core on virtual time.
+"""One simulated process: the driver of the core on virtual time, and what it does beside the core.
 
-The disk knows three lengths of the log: what the core has appended, what is *written* (page cache) and what is
-*durable*. A killed process keeps what was written. A power loss keeps what was durable and any prefix of the rest:
-recovery cuts at the first bad frame, so other torn patterns come to the same for the core; the store's own tests tear
-frames.
+A process is down, repairing or serving. It repairs when its recovery found damage with intact entries behind it: it
+then fetches what is missing from its peers and neither votes nor answers, as the real one (raft.md 4.6). It goes back
+there when a read or the scrub meets damage. A node far behind asks for whole segments and starts anew on a copy.
 """
 
 from __future__ import annotations
@@ -11,55 +10,58 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from attrs import define
-
 from chaos.sim.chance import stream
+from chaos.sim.disk import Gap, SimDisk, SimLog, Unreadable
 from chaos.sim.properties import PropertyBroken
 from dledger.core import effects as fx
 from dledger.core.config import RaftConfig
+from dledger.core.errors import LocalError, RemoteError
 from dledger.core.events import (
     DiskState,
     Durable,
     Event,
     HardStateSaved,
     Propose,
+    ReadIndex,
+    Receive,
     Tick,
     TurnEnd,
     Written,
 )
 from dledger.core.invariants import Watch
-from dledger.core.log import MemoryLog
+from dledger.core.membership import Change, Members, apply_change, decode_members, encode_members
+from dledger.core.quorum import majority
 from dledger.core.raft import Raft
 from dledger.core.types import HEADER_BYTES, Entry, EntryType, HardState, Role, frame_entry, next_position
 
 if TYPE_CHECKING:
     from chaos.sim.world import World
 
-DISK_STALL_NOTICED = 2.0
-"""Two election timeouts without a completed write: the driver says DiskState (raft.md 4.12)."""
 CLIENT_QUEUE_MAX = 1000
+READS_WAITING_MAX = 1000
+REPAIR_ROUND_SECONDS = 0.1
+FETCH_SECONDS = 0.3
+"""How long the transfer of a log takes, about."""
+SCRUB_SECONDS = 8.0
+"""Within this time the scrub comes by every closed segment."""
+REOPEN_SECONDS = 0.05
+SEGMENTS_KEPT = 2
+"""Retention leaves so many segments."""
 
 
 class Crashed(Exception):
     """Unwinds a turn when the process dies between two effects."""
 
 
-@define(eq=False)
-class _DiskJob:
-    """A write or sync under way; a Cut lowers what it will report."""
-
-    index: int
-
-
 class SimNode:
-    """A member of the simulated group. `raft` is None while the process is down."""
+    """A member of the simulated group. `raft` is None unless the process serves."""
 
     def __init__(self, world: World, name: str) -> None:
         plan = world.plan
         self._world = world
         self.name = name
         self._rng = stream(plan.seed, f"node/{name}")
-        self._disk_rng = stream(plan.seed, f"disk/{name}")
+        self.chance = stream(plan.seed, f"process/{name}")
         self._clock_rate = 1.0 + self._rng.uniform(-plan.drift, plan.drift)
         self._clock_offset = self._rng.uniform(0.0, 1000.0)
         self._config = RaftConfig(
@@ -67,17 +69,16 @@ class SimNode:
             segment_bytes=plan.segment_bytes,
             message_bytes_max=plan.message_bytes_max,
             window_messages_max=plan.window_messages_max,
+            segments_behind_bytes=plan.segments_behind_bytes,
+            promote_lag_bytes_max=min(1 << 20, plan.segments_behind_bytes),
+            priorities={plan.preferred: 1} if plan.preferred else {},
+            preferred_after=plan.preferred_after,
         )
-        # The disk: outlives the process.
-        self.log = MemoryLog()
-        self.saved = HardState()
-        self.written = 0
-        self.durable = 0
-        self.is_recovering = False
-        self.power_lost: set[tuple[int, int]] = set()
-        self._stalled_until = 0.0
+        self.disk: SimDisk = world.build.disk(world, name, self)
         # The process.
         self.raft: Raft | None = None
+        self.is_alive = False
+        self.has_power = True
         self.incarnation = 0
         self.applied_index = 0
         self._watch: Watch | None = None
@@ -85,108 +86,299 @@ class SimNode:
         self._is_turn_due = False
         self._wake_at = 0.0
         self.paused_until = 0.0
+        self.late_until = 0.0
         self.fuse = 0
         """Effects left until the process dies; 0 = none armed."""
+        self.fuse_burns_power = False
+        self.fuse_seconds = 1.0
         self._clients: deque[int] = deque()
         self._waiting: dict[int, tuple[int, list[int]]] = {}
-        self._writes: list[_DiskJob] = []
-        self._write_free_at = 0.0
-        self._meta_free_at = 0.0
-        self._sync: _DiskJob | None = None
-        self._is_sync_due = False
+        self._reads: dict[int, int] = {}
+        """By token: what had been acknowledged when the read was asked."""
+        self._reads_asked: list[int] = []
+        self._change: Change | None = None
+        self._trim_to = 0
+        self._is_fetching = False
+
+    @property
+    def log(self) -> SimLog:
+        return self.disk.log
 
     # Life and death
 
     def start(self) -> None:
-        """Recover the log, sync what is kept, run."""
+        """Recover the log; repair what is damaged; serve."""
+        assert not self.is_alive
         world = self._world
-        assert self.raft is None
+        self.is_alive = self.has_power = True
         self.incarnation += 1
-        self.durable = self.written = self.log.last_index
+        gaps = self.disk.recover()
+        self._clients.clear()
+        self._reads_asked = []
+        world.network.node_started(self.name)
+        if gaps:
+            world.counts["repairs"] += 1
+            world.reached("repair-phase")
+            world.note(self.name, f"repairs {', '.join(f'{gap.first}-{gap.last}' for gap in gaps)}")
+            world.at(world.now + REPAIR_ROUND_SECONDS, self._repair, self.incarnation, gaps)
+        else:
+            self._serve()
+
+    def _serve(self) -> None:
+        world = self._world
+        log = self.log
         hint = 0
-        if world.plan.use_commit_hint and len(self.log):
-            hint = self.log.entries(self.log.last_index, 1)[0].commit_hint
-        hint = max(hint, self.log.first_index - 1)
+        if world.plan.use_commit_hint and len(log):
+            last = log.peek(log.last_index)
+            assert last is not None
+            hint = last.commit_hint
+        hint = max(hint, log.first_index - 1)
         world.properties.starts(self, hint)
         self.applied_index = hint
-        rng = stream(world.plan.seed, f"raft/{self.name}/{self.incarnation}")
-        self.raft = world.make_raft(
+        self.disk.opened()
+        self.raft = world.build.raft(
             self.name,
-            world.names,
+            world.bootstrap,
             self._config,
-            rng,
-            self.saved,
-            self.log,
+            stream(world.plan.seed, f"raft/{self.name}/{self.incarnation}"),
+            self.disk.saved,
+            log,
             self._local_now(),
             commit_index=hint,
-            recovering=self.is_recovering,
+            recovering=self.disk.recovering,
+            configs=self.disk.configs(),
         )
         self._watch = Watch(self.raft)
         self._inbox = []
         self._is_turn_due = False
         self._wake_at = float("inf")
         self.fuse = 0
-        self._clients.clear()
         self._waiting = {}
-        self._writes = []
-        self._write_free_at = self._meta_free_at = 0.0
-        self._sync = None
-        self._is_sync_due = False
-        world.network.node_started(self.name)
+        self._reads = {}
+        self._change = None
+        self._trim_to = 0
+        self._is_fetching = False
+        world.network.tell_connected(self.name)
+        self.expect_scrub()
         self._set_alarm()
 
     def kill(self, *, power: bool) -> None:
         """End the process at once; with `power`, the page cache goes too. Restarting is the caller's business."""
-        if self.raft is None:
+        if not self.is_alive:
             return
+        self._world.note(self.name, "loses power" if power else "is killed")
+        self._end_process()
+        self.is_alive = False
+        self.has_power = not power
+        self.paused_until = 0.0
+        self._world.network.node_gone(self.name, hard=not power)
+        if power:
+            self.disk.lose_power()
+
+    def _end_process(self) -> None:
+        """Nobody is told anything any more; the disk keeps what was written."""
         world = self._world
-        world.note(self.name, "loses power" if power else "is killed")
         for _, waiters in self._waiting.values():
             world.clients.unknown += len(waiters)
+        self._waiting = {}
+        self._reads = {}
+        if self.disk.recovering:
+            world.reached("killed-while-recovering")
+        if self.raft is not None and self.raft.is_transferring:
+            world.reached("killed-in-transfer")
         self.raft = None
         self._watch = None
         self.incarnation += 1
-        self.paused_until = 0.0
-        kept = self.written
-        if power and self.durable < self.written:
-            kept = self._disk_rng.randint(self.durable, self.written)
-            if not world.plan.sync:
-                for index in range(kept + 1, self.written + 1):
-                    crc = self.log.head_crc_at(index)
-                    assert crc is not None
-                    self.power_lost.add((index, crc))
-        if power and not world.plan.sync:
-            # The boot id has changed: what was acknowledged from the page cache may be gone (raft.md 4.2).
-            self.is_recovering = True
-        if kept < self.log.last_index:
-            self.log.cut(kept + 1)
-        self.written = kept
-        self.durable = min(self.durable, kept)
         self.applied_index = 0
-        world.network.node_gone(self.name, hard=not power)
+        self.disk.process_ended()
+
+    def reopen(self, reason: str) -> None:
+        """Begin again from the disk, in the same process (`Reopen` of the real group)."""
+        self._world.note(self.name, f"begins again from its disk: {reason}")
+        self._end_process()
+        self.is_alive = False
+        # Its transport listens on; for its peers that is a connection that broke and stands again.
+        self._world.network.node_gone(self.name, hard=True)
+        self._world.nemesis.start_later(self, REOPEN_SECONDS)
+
+    def disk_failed(self) -> None:
+        """A write or sync has failed for good: the node stops and is started again (raft.md 4.2)."""
+        self._world.note(self.name, "stops: its disk has failed")
+        self._end_process()
+        self.is_alive = False
+        self._world.network.node_gone(self.name, hard=True)
+        self._world.nemesis.start_later(self, self.fuse_seconds)
 
     @property
     def is_paused(self) -> bool:
         return self._world.now < self.paused_until
 
+    @property
+    def inbox_length(self) -> int:
+        return len(self._inbox)
+
     def has_kept(self, entry: Entry, *, durable: bool) -> bool:
-        """Whether this disk holds the entry, or has truthfully said so before a power loss took it."""
-        if entry.index <= (self.durable if durable else self.written):
-            return self.log.head_crc_at(entry.index) == entry.head_crc
-        return not durable and (entry.index, entry.head_crc) in self.power_lost
+        """Whether this disk holds the entry, or has truthfully said so before a fault took it that the group bears."""
+        if self.disk.holds(entry.index, entry.head_crc, durable=durable):
+            return True
+        return (entry.index, entry.head_crc) in self.disk.excused
 
-    def trim(self, through_index: int) -> None:
-        """Retention: forget the head of the log."""
-        if self.log.first_index <= through_index < self.log.last_index:
-            self.log.trim(through_index)
+    # Damage
 
-    # Turns
+    def expect_scrub(self) -> None:
+        """The background pass over closed segments will find damage some time."""
+        if self.raft is not None and self.log.bad:
+            at = self._world.now + SCRUB_SECONDS * self.chance.random()
+            self._world.at(at, self._scrubbed, self.incarnation)
+
+    def _scrubbed(self, incarnation: int) -> None:
+        if incarnation == self.incarnation and self.log.bad:
+            if self.is_paused:
+                self._world.at(self.paused_until, self._scrubbed, incarnation)
+                return
+            self._world.reached("damage-found-by-scrub")
+            self._found_damage(min(self.log.bad))
+
+    def _found_damage(self, index: int) -> None:
+        raft = self.raft
+        if raft is not None and raft.is_leader:
+            self._world.reached("leader-finds-damage")
+        self.disk.is_suspect = True
+        self.reopen(f"entry {index} does not read")
+
+    def _repair(self, incarnation: int, gaps: list[Gap]) -> None:
+        """Ask the peers in turn for every gap; go on until all are filled or known never to have been committed."""
+        if incarnation != self.incarnation:
+            return
+        world = self._world
+        if self.is_paused:
+            world.at(self.paused_until, self._repair, incarnation, gaps)
+            return
+        left: list[Gap] = []
+        for gap in gaps:
+            if gap.first > self.log.last_index:
+                continue
+            if self._fill(gap):
+                world.reached("repaired-from-peer")
+                world.note(self.name, f"has {gap.first}-{gap.last} again")
+            elif self._was_never_committed(gap):
+                world.reached("repair-cuts-never-committed")
+                world.note(self.name, f"cuts at {gap.first}: no quorum can have had it")
+                self.disk.cut(gap.first)
+            else:
+                left.append(gap)
+        if left:
+            world.at(world.now + REPAIR_ROUND_SECONDS * (1 + self.chance.random()), self._repair, incarnation, left)
+        else:
+            self._serve()
+
+    def _peers_heard(self) -> list[SimNode]:
+        """Members that answer a fetch now, in an order drawn anew."""
+        world = self._world
+        names = [name for name in world.names if name != self.name and not world.network.is_cut(self.name, name)]
+        nodes = [world.nodes[name] for name in names]
+        heard = [node for node in nodes if node.is_alive and not node.is_paused]
+        self.chance.shuffle(heard)
+        return heard
+
+    def _fill(self, gap: Gap) -> bool:
+        """Accept only what chains from before the gap to what is intact behind it (raft.md 4.6)."""
+        for peer in self._peers_heard():
+            entries = [peer.log.peek(index) for index in range(gap.first, gap.last + 1)]
+            chain = gap.prev_crc
+            taken: list[Entry] = []
+            for entry in entries:
+                if entry is None or entry.prev_crc != chain or entry.index in peer.log.bad:
+                    break
+                if entry.index > peer.disk.written:
+                    break
+                taken.append(entry)
+                chain = entry.head_crc
+            if len(taken) == len(entries) and chain == gap.next_crc:
+                self.log.put(taken)
+                return True
+        return False
+
+    def _was_never_committed(self, gap: Gap) -> bool:
+        """A definite "no" from so many voters that no quorum can have it. Silence is no answer, nor is a node's that
+        may have forgotten."""
+        voters = self._voters_known()
+        following = self.log.peek(gap.last + 1)
+        assert following is not None
+        noes = 0
+        for peer in self._peers_heard():
+            if peer.name not in voters or peer.disk.is_impaired:
+                continue
+            if gap.last + 1 < peer.log.first_index:
+                continue
+            if peer.log.head_crc_at(following.index) != following.head_crc:
+                noes += 1
+        return len(voters) - noes < majority(len(voters))
+
+    def _voters_known(self) -> tuple[str, ...]:
+        configs = self.disk.configs()
+        return configs[-1][1].voters if configs else self._world.bootstrap
+
+    # Segments
+
+    def _fetch_log(self, leader: str) -> None:
+        """The transfer of closed segments from a replica that has them, then a start on the copy (raft.md 4.7)."""
+        world = self._world
+        if self._is_fetching:
+            return
+        self._is_fetching = True
+        world.reached("needs-segments")
+        delay = FETCH_SECONDS * (0.5 + self.chance.random()) + 4 * world.plan.latency
+        world.at(world.now + delay, self._install, self.incarnation, leader)
+
+    def _install(self, incarnation: int, leader: str) -> None:
+        if incarnation != self.incarnation:
+            return
+        world = self._world
+        self._is_fetching = False
+        if self.is_paused:
+            self._fetch_log(leader)
+            return
+        source = world.nodes[leader]
+        raft = source.raft
+        if raft is None or source.is_paused or world.network.is_cut(self.name, leader) or source.log.bad:
+            return  # the next offer begins anew
+        # Closed segments only; what is committed of them is for the checkpoint to say.
+        last = source.disk.durable
+        start = source.log.position_end // world.plan.segment_bytes * world.plan.segment_bytes
+        while (entry := source.log.peek(last)) is not None and entry.position >= start:
+            last -= 1
+        last = max(last, source.log.first_index - 1)
+        if last <= self.applied_index or self.log.head_crc_at(last) == source.log.head_crc_at(last):
+            return  # we have all of it
+        world.counts["installs"] += 1
+        world.reached("segments-installed")
+        world.properties.installs(self, source, last)
+        self._end_process()
+        self.is_alive = False
+        world.network.node_gone(self.name, hard=True)
+        self.log.install(source.log, last)
+        self.disk.installed(source.disk)
+        world.note(self.name, f"has installed the log of {leader} up to {last}")
+        world.nemesis.start_later(self, REOPEN_SECONDS)
+
+    # Clock
 
     def _local_now(self) -> float:
         return self._world.now * self._clock_rate + self._clock_offset
 
+    def set_clock_rate(self, rate: float) -> None:
+        """From now on; the clock's reading does not step."""
+        now = self._world.now
+        self._clock_offset += now * (self._clock_rate - rate)
+        self._clock_rate = rate
+        self._wake_at = float("inf")
+        self._set_alarm()
+
+    # Turns
+
     def post(self, kind: type, *details: Any) -> None:
-        """Put an event into the inbox of a running process."""
+        """Put an event into the inbox of a serving process."""
         if self.raft is not None:
             self._inbox.append((kind, details))
             self._want_turn()
@@ -199,8 +391,35 @@ class SimNode:
         self._want_turn()
         return True
 
+    def ask_read(self, token: int, acknowledged: int) -> None:
+        """A client asks for a read that must see every entry up to `acknowledged`."""
+        if self.raft is not None and len(self._reads) < READS_WAITING_MAX:
+            self._reads[token] = acknowledged
+            self._reads_asked.append(token)
+            self._want_turn()
+
+    def want_change(self, change: Change) -> None:
+        self._change = change
+        self._want_turn()
+
+    def want_trim(self, position: int) -> None:
+        self._trim_to = position
+        self._want_turn()
+
+    def disk_state(self, ok: bool) -> None:
+        self.post(DiskState, ok)
+
+    def saved(self, state: HardState) -> None:
+        self.post(HardStateSaved, state.term, state.vote)
+
+    def wrote(self, index: int) -> None:
+        self.post(Written, index, self.log.term_at(index))
+
+    def synced(self, index: int) -> None:
+        self.post(Durable, index, self.log.term_at(index))
+
     def _want_turn(self) -> None:
-        if not self._is_turn_due:
+        if not self._is_turn_due and self.raft is not None:
             self._is_turn_due = True
             delay = self._rng.random() * 0.0003
             self._world.at(max(self._world.now + delay, self.paused_until), self._turn, self.incarnation)
@@ -212,7 +431,10 @@ class SimNode:
         at = (raft.deadline - self._clock_offset) / self._clock_rate + 1e-6
         if at < self._wake_at:
             self._wake_at = at
-            self._world.at(max(at, self._world.now), self._wake, self.incarnation, at)
+            world = self._world
+            if world.now < self.late_until:
+                at += 1.2 * self.chance.random()
+            world.at(max(at, world.now), self._wake, self.incarnation, self._wake_at)
 
     def _wake(self, incarnation: int, at: float) -> None:
         if incarnation == self.incarnation and at == self._wake_at:
@@ -236,20 +458,45 @@ class SimNode:
         inbox, self._inbox = self._inbox, []
         try:
             for kind, details in inbox:
-                self._step(kind(now, *details))
+                if kind is Receive:
+                    self._receive(now, *details)
+                else:
+                    self._step(kind(now, *details))
             if self._clients:
                 self._propose_clients(now)
+            if self._reads_asked:
+                asked, self._reads_asked = self._reads_asked, []
+                for token in asked:
+                    self._step(ReadIndex(now, token))
+            if self._change is not None or self._trim_to:
+                self._propose_orders(now)
             if raft.deadline <= now:
                 self._step(Tick(now))
             self._step(TurnEnd(now))
         except Crashed:
             return
+        except Unreadable as damage:
+            world.reached("damage-found-by-read")
+            self._found_damage(damage.index)
+            return
         self._set_alarm()
         world.note_turn(self)
 
+    def _receive(self, now: float, peer: str, message: Any) -> None:
+        try:
+            self._step(Receive(now, peer, message))
+        except RemoteError:
+            raft = self.raft
+            assert raft is not None
+            if peer in raft.configs.members:
+                raise
+            # Not one of ours, or not any more: the real transport closes the connection.
+            self._world.reached("message-of-a-stranger")
+
     def _step(self, event: Event) -> None:
         raft, watch = self.raft, self._watch
-        assert raft is not None and watch is not None
+        if raft is None or watch is None:
+            raise Crashed
         self._world.steps += 1
         effects = raft.step(event)
         watch.check()
@@ -258,11 +505,20 @@ class SimNode:
             if self.fuse:
                 self.fuse -= 1
                 if not self.fuse:
-                    self._world.crash(self)
-                    raise Crashed
+                    self._burn(effect)
             self._perform(effect, event.now, follow_ups)
         for follow_up in follow_ups:
             self._step(follow_up)
+
+    def _burn(self, effect: fx.Effect) -> None:
+        """Die before this effect, or within it."""
+        world = self._world
+        world.reached(f"dies-before-{type(effect).__name__}")
+        if isinstance(effect, fx.Cut):
+            world.reached("dies-within-cut")
+            self.disk.torn_cut(effect.from_index)
+        world.nemesis.crash(self, self.fuse_seconds, power=self.fuse_burns_power)
+        raise Crashed
 
     def _perform(self, effect: fx.Effect, now: float, follow_ups: list[Event]) -> None:
         world = self._world
@@ -271,20 +527,29 @@ class SimNode:
                 world.properties.sends(self, effect.peer, effect.message)
                 world.network.send(self.name, effect.peer, effect.message)
             case fx.Append():
+                log = self.log
                 for entry in effect.entries:
-                    world.properties.appended(self, entry, self.log.position_end)
-                    self.log.append((entry,))
-                self._write(now, follow_ups)
+                    world.properties.appended(self, entry, log.position_end)
+                    log.append((entry,))
+                    if entry.type == EntryType.CONFIG:
+                        self.disk.note_config(entry.index, decode_members(entry.body))
+                index = self.disk.write()
+                if self.raft is None:
+                    raise Crashed
+                if index:
+                    term = log.term_at(index)
+                    assert term is not None
+                    follow_ups.append(Written(now, index, term))
             case fx.Commit():
                 world.properties.moves_commit(self, effect.index)
                 self._apply(effect.index)
             case fx.SaveHardState():
-                self._save(HardState(effect.term, effect.vote))
+                self.disk.save(HardState(effect.term, effect.vote))
             case fx.Cut():
                 world.counts["cuts"] += 1
                 world.note(self.name, f"cuts its log at {effect.from_index}")
                 world.properties.cuts(self, effect.from_index)
-                self._cut(effect.from_index)
+                self.disk.cut(effect.from_index)
             case fx.RoleChanged():
                 self._change_role(effect)
             case fx.NoopNeeded():
@@ -294,14 +559,44 @@ class SimNode:
                 for entry in effect.entries:
                     _, waiters = self._waiting.pop(entry.index, (0, []))
                     world.clients.refuse(waiters)
+                    if entry.type == EntryType.CONFIG:
+                        world.reached("change-refused")
+                        world.note(self.name, f"change refused: {effect.reason}")
             case fx.TransferEnded():
                 world.counts["transfers" if effect.done else "transfers_failed"] += 1
                 world.note(self.name, f"transfer to {effect.target}: done={effect.done}, {effect.reason}")
             case fx.Recovered():
                 world.counts["recovered"] += 1
-                self.is_recovering = False
+                world.reached("recovered")
+                self.disk.recovered()
+            case fx.ReadReady():
+                acknowledged = self._reads.pop(effect.token, None)
+                if acknowledged is not None:
+                    world.counts["reads"] += 1
+                    world.properties.reads(self, effect.index, acknowledged)
+            case fx.ReadRefused():
+                self._reads.pop(effect.token, None)
+                world.counts["reads_refused"] += 1
+            case fx.MembersChanged():
+                self._members_changed(effect)
+            case fx.NeedSegments():
+                self._fetch_log(effect.leader)
             case fx.Fatal():
-                raise PropertyBroken(f"{self.name} stops: {effect.reason}")
+                raise PropertyBroken(f"fatal: {self.name} stops: {effect.reason}")
+
+    def _members_changed(self, effect: fx.MembersChanged) -> None:
+        world = self._world
+        members = effect.members
+        if effect.is_committed:
+            world.note(self.name, f"members of {effect.index} are committed")
+            return
+        world.note(self.name, f"members of {effect.index}: {','.join(members.voters)} + {','.join(members.learners)}")
+        raft = self.raft
+        assert raft is not None
+        if raft.is_leader:
+            world.counts["changes"] += 1
+            if self.name not in members:
+                world.reached("leader-removes-itself")
 
     def _change_role(self, effect: fx.RoleChanged) -> None:
         world = self._world
@@ -309,6 +604,8 @@ class SimNode:
         if effect.role is Role.LEADER:
             world.counts["elections"] += 1
             world.properties.leads(self, effect.term)
+            if self.log.bad:
+                world.reached("leads-with-latent-damage")
         else:
             # Leadership is gone: the outcome of what waits is unknown, each waiter is told so exactly once.
             for _, waiters in self._waiting.values():
@@ -348,102 +645,50 @@ class SimNode:
             self._waiting[entry.index] = (entry.term, ids)
         self._step(Propose(now, entries))
 
+    def _propose_orders(self, now: float) -> None:
+        """What an operator, or retention, wants logged."""
+        raft = self.raft
+        assert raft is not None
+        change, self._change = self._change, None
+        trim_to, self._trim_to = self._trim_to, 0
+        if not raft.accepts_proposals or not raft.noop_index:
+            return
+        if trim_to:
+            body = trim_to.to_bytes(8, "little") + b"\0"
+            self._step(Propose(now, (self._frame(EntryType.TRIM, 1, body, self._tail()),)))
+        if change is not None and raft.is_leader:
+            try:
+                members: Members = apply_change(raft.configs.members, change)
+            except LocalError:
+                return
+            self._step(Propose(now, (self._frame(EntryType.CONFIG, 1, encode_members(members), self._tail()),)))
+
     def _apply(self, index: int) -> None:
         world = self._world
         while self.applied_index < index:
             entry = self.log.entries(self.applied_index + 1, 1)[0]
             world.properties.commits(self, entry)
             self.applied_index = entry.index
+            if entry.type == EntryType.TRIM:
+                world.at(world.now + 0.5 * self.chance.random(), self._trim, self.incarnation, entry)
             term, waiters = self._waiting.pop(entry.index, (0, []))
             if waiters:
                 assert term == entry.term
                 world.clients.acknowledge(waiters, entry)
 
-    # Disk
-
-    def stall_disk(self, until: float) -> None:
-        """Nothing completes before `until`; a long stall is noticed."""
-        self._stalled_until = max(self._stalled_until, until)
-        world = self._world
-        if until - world.now > DISK_STALL_NOTICED:
-            world.at(world.now + DISK_STALL_NOTICED, self._tell_disk_state, self.incarnation, False)
-            world.at(until, self._tell_disk_state, self.incarnation, True)
-
-    def _tell_disk_state(self, incarnation: int, ok: bool) -> None:
-        if incarnation == self.incarnation:
-            self.post(DiskState, ok)
-
-    def _disk_done_at(self, latency: float) -> float:
-        delay = latency * (0.3 + 1.4 * self._disk_rng.random())
-        if self._disk_rng.random() < 0.01:
-            delay += 0.2 * self._disk_rng.random()
-        return max(self._world.now + delay, self._stalled_until)
-
-    def _save(self, state: HardState) -> None:
-        self._meta_free_at = max(self._meta_free_at, self._disk_done_at(self._world.plan.sync_latency))
-        self._world.at(self._meta_free_at, self._saved, self.incarnation, state)
-
-    def _saved(self, incarnation: int, state: HardState) -> None:
-        if incarnation == self.incarnation:
-            self.saved = state
-            self.post(HardStateSaved, state.term, state.vote)
-
-    def _write(self, now: float, follow_ups: list[Event]) -> None:
-        world = self._world
-        if not world.plan.threaded_writes and world.now >= self._stalled_until:
-            follow_ups.append(self._written(now, self.log.last_index))
-            return
-        job = _DiskJob(self.log.last_index)
-        self._writes.append(job)
-        self._write_free_at = max(self._write_free_at, self._disk_done_at(0.0005))
-        world.at(self._write_free_at, self._write_done, self.incarnation, job)
-
-    def _write_done(self, incarnation: int, job: _DiskJob) -> None:
+    def _trim(self, incarnation: int, order: Entry) -> None:
+        """A TRIM entry is applied and a checkpoint covers what goes: whole segments only, never the last ones."""
         if incarnation != self.incarnation:
             return
-        self._writes.remove(job)
-        if job.index > self.written:
-            event = self._written(0.0, job.index)
-            self.post(Written, event.index, event.term)
-
-    def _written(self, now: float, index: int) -> Written:
-        self.written = max(self.written, index)
-        if not self._is_sync_due:
-            self._is_sync_due = True
-            plan = self._world.plan
-            wait = 0.0 if plan.sync else self._disk_rng.random() * plan.lazy_sync_interval
-            self._world.at(self._world.now + wait, self._begin_sync, self.incarnation)
-        term = self.log.term_at(index)
-        assert term is not None
-        return Written(now, index, term)
-
-    def _begin_sync(self, incarnation: int) -> None:
-        if incarnation != self.incarnation:
-            return
-        if self._sync is not None:
-            return
-        self._is_sync_due = False
-        self._sync = _DiskJob(self.written)
-        self._world.at(self._disk_done_at(self._world.plan.sync_latency), self._sync_done, self.incarnation, self._sync)
-
-    def _sync_done(self, incarnation: int, job: _DiskJob) -> None:
-        if incarnation != self.incarnation:
-            return
-        self._sync = None
-        if job.index > self.durable:
-            self.durable = job.index
-            term = self.log.term_at(job.index)
-            self.post(Durable, job.index, term)
-        if self._is_sync_due:
-            self._begin_sync(incarnation)
-
-    def _cut(self, from_index: int) -> None:
-        """Removed and synced before anything else happens; marks under way no longer cover what is gone."""
-        self.log.cut(from_index)
-        kept = from_index - 1
-        self.written = min(self.written, kept)
-        self.durable = min(self.durable, kept)
-        for job in self._writes:
-            job.index = min(job.index, kept)
-        if self._sync is not None:
-            self._sync.index = min(self._sync.index, kept)
+        log, nbytes = self.log, self._world.plan.segment_bytes
+        position = min(int.from_bytes(order.body[:8], "little"), log.position_end - SEGMENTS_KEPT * nbytes)
+        start = position // nbytes * nbytes
+        last = 0
+        for entry in log:
+            if entry.position >= start or entry.index > min(self.applied_index, self.disk.durable):
+                break
+            last = entry.index
+        if last >= log.first_index and not log.bad:
+            self._world.counts["trims"] += 1
+            self._world.reached("trimmed")
+            log.trim(last)

@@ -1,11 +1,15 @@
-"""Run seeds: `run_seed(seed)` plays one, and says what happened."""
+"""Run seeds: `run_seed(seed)` plays one, `run_scenario` a plan with a list of faults, and says what happened."""
 
 from __future__ import annotations
 
-from attrs import asdict, frozen
+import re
+from collections.abc import Mapping, Sequence
 
-from chaos.sim.plan import draw_plan
-from chaos.sim.world import MakeRaft, World
+from attrs import asdict, field, frozen
+
+from chaos.sim.plan import Plan, draw_plan
+from chaos.sim.schedule import Fault, draw_schedule
+from chaos.sim.world import Build, MakeRaft, World
 from dledger.core.errors import CoreError
 from dledger.core.raft import Raft
 
@@ -31,11 +35,23 @@ class SeedResult:
     recovered: int
     partitions: int
     transfers: int
+    repairs: int
+    installs: int
+    changes: int
+    reads: int
+    faults: int
+    reached: Mapping[str, int] = field(factory=dict)
+    faults_by_kind: Mapping[str, int] = field(factory=dict)
     trace: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
         return self.violation is None
+
+    @property
+    def violation_class(self) -> str:
+        """Which promise is broken, without the circumstances: what shrinking has to keep."""
+        return "" if self.violation is None else violation_class(self.violation)
 
     @property
     def reproduction(self) -> str:
@@ -49,11 +65,26 @@ class SeedResult:
         return {"ok": self.ok, **fields}
 
 
-def run_seed(seed: int, *, keep_trace: bool = False, make_raft: MakeRaft = Raft) -> SeedResult:
+def violation_class(violation: str) -> str:
+    """The words up to the second colon, numbers and node names taken out."""
+    head = ":".join(violation.split(":")[:2])
+    return re.sub(r"\bn?\d+\b", "#", head)
+
+
+def run_seed(
+    seed: int, *, keep_trace: bool = False, make_raft: MakeRaft = Raft, build: Build | None = None
+) -> SeedResult:
     """Play one seed to its end. Same seed, same result, on every machine; a broken promise is a result, not an
     error."""
     plan = draw_plan(seed)
-    world = World(plan, make_raft, keep_trace=keep_trace)
+    return run_scenario(plan, draw_schedule(plan), build or Build(raft=make_raft), keep_trace=keep_trace)
+
+
+def run_scenario(
+    plan: Plan, faults: Sequence[Fault], build: Build | None = None, *, keep_trace: bool = False
+) -> SeedResult:
+    """Play a plan with these faults to its end."""
+    world = World(plan, faults, build, keep_trace=keep_trace)
     violation = None
     try:
         world.run()
@@ -62,7 +93,7 @@ def run_seed(seed: int, *, keep_trace: bool = False, make_raft: MakeRaft = Raft)
         world.note("all", violation)
     counts = world.counts
     return SeedResult(
-        seed=seed,
+        seed=plan.seed,
         violation=violation,
         at_seconds=round(world.now, 4),
         plan=plan.describe(),
@@ -79,5 +110,12 @@ def run_seed(seed: int, *, keep_trace: bool = False, make_raft: MakeRaft = Raft)
         recovered=counts["recovered"],
         partitions=counts["partitions"],
         transfers=counts["transfers"],
+        repairs=counts["repairs"],
+        installs=counts["installs"],
+        changes=counts["changes"],
+        reads=counts["reads"],
+        faults=sum(world.faults_applied.values()),
+        reached=world.states_reached,
+        faults_by_kind=world.faults_applied,
         trace=tuple(world.trace or ()),
     )

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 import chaos.sim.run
 from chaos import commands
+from chaos.sim.chance import stream
 from chaos.sim.plan import draw_plan
 from chaos.sim.run import SeedResult, run_seed
 from chaos.sim.world import World
@@ -178,18 +179,21 @@ def failover_seconds(seed: int, *, frozen: bool) -> float:
         late=0.0,
         sync_latency=0.001,
         drift=0.0,
+        tcp=True,
+        bytes_per_second=0.0,
+        spares=0,
+        preferred="",
         threaded_writes=False,
-        fault_interval=1e9,
+        clients=1,
         proposals_per_second=100.0,
         burst_max=1,
     )
-    world = World(plan)
+    world = World(plan, ())
     for node in world.nodes.values():
         world.at(0.01, node.start)
-    world.network.start()
-    world.at(0.5, world._arrive)
+    world.at(0.5, world._send, stream(seed, "client/0"))
     world.run_until(5.0 + (seed % 7) * 0.04)
-    leader = world._leader()
+    leader = world.leader()
     assert leader is not None
     if frozen:
         leader.paused_until = world.now + 30.0
