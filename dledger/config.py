@@ -140,6 +140,7 @@ class GroupConfig:
             round_timeout=min(0.5, self.election_timeout_ms_min / 2000),
             sync=self.flush == "sync",
             segment_bytes=self.segment_bytes,
+            priorities=dict(self.priorities),
         )
 
 

@@ -158,14 +158,12 @@ class Driver:
         applied_index: int,
         checkpoint_index: int = 0,
         segment_bytes: int,
-        configs: Sequence[tuple[int, Members]] = (),
         need_segments: Callable[[str, int], None] = _ignore_need,
         leased_position: Callable[[], int | None] = _no_lease,
     ) -> None:
         """`replay` has shown the machine everything up to `applied_index`; `checkpoint_index` is what the newest
-        checkpoint covers. `configs` are the CONFIG entries known, as the core has them. `need_segments(leader,
-        first_index)`: only whole segments can help this node. `leased_position`: from where on a peer that fetches
-        segments needs them.
+        checkpoint covers. `need_segments(leader, first_index)`: only whole segments can help this node.
+        `leased_position`: from where on a peer that fetches segments needs them.
         """
         self._env = env
         self._config = config
@@ -179,10 +177,9 @@ class Driver:
         self.core = make_core(self._monotonic(), self.feed)
         self.peers = make_peers(self)
         self._need_segments = need_segments
-        self.members = Members(config.peers, (), config.peers)
-        self.members_index = 0
-        if configs:
-            self.members_index, self.members = configs[-1]
+        self.members = self.core.members
+        self.members_index = self.core.config_index
+        if self.members_index:
             self.peers.set_members(self._addresses_of(self.members))
         self.measures = Measures()
         self.disk = DiskWatch(env, config, log)
@@ -789,12 +786,14 @@ class Driver:
         if was_leader:
             self.measures.step_down(change.reason)
             self._rtt_asked.clear()
+            self.feed.is_leading = False
             self.feed.forget()
             self._apply(bounded=False)
             for each in self._staged:
                 self._orphan(each)
             self._outcomes.lost("leadership was lost; the outcome is unknown")
         if change.role is Role.LEADER:
+            self.feed.is_leading = True
             self.counters["elections_won"] += 1
         elif change.role is Role.CANDIDATE:
             self.counters["elections"] += 1

@@ -39,6 +39,8 @@ class LogFeed:
         self._wanted: deque[int] = deque()
         self._kick = trio.Event()
         self._generation = 0
+        self.is_leading = False
+        """Only a leader feeds peers; what a follower asks about its own end is answered on the spot."""
         self.reads = 0
 
     @property
@@ -60,7 +62,11 @@ class LogFeed:
     def entries(self, from_index: int, max_bytes: int) -> Sequence[Entry]:
         """As `LogStore.entries` where they are in memory; else (), and a reading begins."""
         store = self._store
-        if store.is_recent(from_index) or not store.first_index <= from_index <= store.written_index:
+        if (
+            not self.is_leading
+            or store.is_recent(from_index)
+            or not store.first_index <= from_index <= store.written_index
+        ):
             return store.entries(from_index, max_bytes)
         for first, run in self._runs.items():
             if first <= from_index < first + len(run):

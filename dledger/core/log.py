@@ -43,7 +43,11 @@ class LogView(Protocol):
         """Byte at which a retained entry begins; None outside `first_index .. last_index`."""
 
     def entries(self, from_index: int, max_bytes: int) -> Sequence[Entry]:
-        """Entries from `from_index` on: at least one when it exists, and no more than `max_bytes` of frames."""
+        """Entries from `from_index` on: at least one when it exists, and no more than `max_bytes` of frames.
+
+        A leader may get none where they have to be read from the disk first; whoever drives it asks again then, by the
+        next `TurnEnd`.
+        """
 
 
 class MemoryLog:

@@ -1115,6 +1115,8 @@ class Raft:
                     and progress.inflight_bytes < config.window_bytes_max
                 ):
                     entries = self.log.entries(progress.next_index, config.message_bytes_max)
+                    if not entries and progress.next_index >= self.log.first_index:
+                        break  # on their way from the disk
                     self._send_append(now, progress, entries)
                     if not entries:
                         break
