@@ -4,7 +4,8 @@ The last two are kept: a damaged one costs a longer replay, not the tables. Besi
 force at that entry, because the log that held it may be trimmed.
 
 Version 2, little endian: magic u32 | version u16 | u16 | index u64 | blob length u64 | blob crc u32 |
-config index u64 | config length u32 | config crc u32 | header crc u32, then the config and the blob. Version 1 has no config fields.
+config index u64 | config length u32 | config crc u32 | header crc u32, then the config and the blob. Version 1 has no
+config fields.
 """
 
 from __future__ import annotations

@@ -15,13 +15,14 @@ import trio
 
 from dledger.core.types import Entry
 from dledger.errors import LogDamaged, StoreFailed
+from dledger.store.faults import EntryDamaged
 from dledger.store.format import LOG_FOLDER, ROWS_FOLDER, Format, read_format, write_format
 from dledger.store.manifest import Manifest
 from dledger.store.meta import MetaFile, format_meta
 from dledger.store.options import StoreOptions
 from dledger.store.recovery import RecoveredLog, recover_log
 from dledger.store.rows import DISK_FULL, ROW_BYTES, Row, row_of, suppress_disk_full, unpack_row
-from dledger.store.segments import Segment, create_segment, remove_segment, segment_bases
+from dledger.store.segments import Segment, create_segment, remove_segments, segment_bases
 from runtime.model import Env
 
 RECENT_BYTES_MAX = 16 * 1024 * 1024
@@ -60,6 +61,7 @@ class LogStore:
         self._folder = folder
         self._segment_bytes = segment_bytes
         self._meta = meta
+        self.faults = recovered.faults
         self._segments = recovered.segments
         self._spare: Segment | None = None
         if len(self._segments) > 1 and not self._segments[-1].first_index:
@@ -200,6 +202,9 @@ class LogStore:
         return self._segments[max(0, number - 1)]
 
     def _row(self, index: int) -> Row:
+        for fault in self.faults:
+            if fault.first_index <= index <= (fault.last_index or index):
+                raise EntryDamaged(fault)
         pending = self._rows.get(index)
         row = unpack_row(pending) if pending is not None else self._segment_of(index).row(index)
         return row if row is not None else self._find_row(index)
@@ -432,10 +437,9 @@ class LogStore:
             active.rows.truncate(kept_rows)
             active.rows.sync_now()
         if removed:
+            remove_segments(files, self._folder, [segment.base for segment in removed])
             for segment in removed:
-                remove_segment(files, self._folder, segment)
-            files.sync_dir(f"{self._folder}/{ROWS_FOLDER}")
-            files.sync_dir(f"{self._folder}/{LOG_FOLDER}")
+                segment.retire()
         active.zero(max(new_end - active.base, 0), min(old_end, active.end) - active.base)
         active.file.sync_now()
 

@@ -1,11 +1,11 @@
 """What a log consists of after a stop of whatever kind (raft.md 4.6).
 
 Closed segments are trusted when their side rows are complete and the next segment continues their chain; every read
-verifies again. The rest is walked frame by frame: header, body, position, index, and the chain of `prev_crc`. At the
-first bad frame there are two cases:
+verifies again. The rest is walked frame by frame (`dledger.store.walk`). At a hole there are two cases:
 
-* Evidence that this entry once was on stable storage (a side row, the durable mark in the meta slot): the bytes are
-  *damaged*. Nothing is cut; the node refuses to serve, for it may have acknowledged the entry.
+* Evidence that its first entry once was on stable storage (a side row, the durable mark in the meta slot, with sync
+  flush a later frame's commit hint), or bytes that the disk does not give back: the entries are *damaged*. Nothing is
+  cut and everything intact is kept; the range is reported, for this node may have acknowledged the entries.
 * No evidence: a *torn tail* of writes nobody was promised. It is overwritten with zeros and synced, also when intact
   frames follow it, because a power loss may persist pages in any order.
 
@@ -15,30 +15,27 @@ cache. So everything found is durable afterwards.
 
 from __future__ import annotations
 
-from itertools import pairwise
+from attrs import field, frozen
 
-from attrs import define, field, frozen
-
-from dledger.core.types import HEADER_BYTES, BadFrame, Entry, next_position, parse_entry, unpack_header
+from dledger.core.types import HEADER_BYTES, BadFrame, parse_entry, unpack_header
 from dledger.errors import LogDamaged
-from dledger.store.base import BaseRecord
-from dledger.store.faults import FaultyRange
+from dledger.store.base import BaseRecord, read_base
+from dledger.store.faults import FaultyRange, clear_suspects, read_suspects
 from dledger.store.format import LOG_FOLDER, ROWS_FOLDER
-from dledger.store.rows import ROW_BYTES, Row, last_row, pack_row, read_row, suppress_disk_full
-from dledger.store.segments import Segment, open_segment, remove_segment, segment_bases, segment_name
+from dledger.store.rows import ROW_BYTES, Row, last_row, read_row
+from dledger.store.segments import (
+    Segment,
+    open_segment,
+    read_around,
+    remove_segments,
+    row_bases,
+    segment_bases,
+    segment_name,
+)
+from dledger.store.walk import READ_AHEAD, LastEntry, Walk, keep_rows, walk_segment
 from runtime.model import Files
 
-_READ_AHEAD = 1 << 20
-
-
-@frozen
-class LastEntry:
-    """Identity of the last entry of a log; all zero before the first."""
-
-    index: int = 0
-    term: int = 0
-    head_crc: int = 0
-    end: int = 0
+__all__ = ["LastEntry", "RecoveredLog", "recover_log"]
 
 
 @frozen(kw_only=True)
@@ -58,72 +55,132 @@ class RecoveredLog:
     """What lay before the first retained entry."""
 
 
-@define
-class _Walk:
-    """State of the walk: the identity that the next frame must continue."""
+def recover_log(
+    files: Files, folder: str, segment_bytes: int, durable_index: int, *, hint_is_evidence: bool = False
+) -> RecoveredLog:
+    """Load a log; `durable_index` is the mark in the meta slot. Blocks; run it in a thread.
 
-    last: LastEntry
-    chain_known: bool
-    """False before the first entry of a log whose head was trimmed: its chain is taken as it is."""
-    commit_hint: int = 0
-    entries: int = 0
+    Damage is reported in `faults`. Raises LogDamaged where it cannot be told what belongs to the log: a newer frame
+    version, a trimmed log without its base record. Raises OSError where the folder cannot be used.
+    """
+    base = read_base(files, folder) or BaseRecord()
+    segments = _open_all(files, folder, segment_bytes, base)
+    try:
+        return _recover(files, folder, segment_bytes, base, segments, durable_index, hint_is_evidence)
+    except (LogDamaged, OSError):
+        for segment in segments:
+            segment.close()
+        raise
 
 
-def recover_log(files: Files, folder: str, segment_bytes: int, durable_index: int) -> RecoveredLog:
-    """Load a log; `durable_index` is the mark in the meta slot. Blocks; run it in a thread. Raises LogDamaged."""
-    segments = _open_all(files, folder, segment_bytes)
-    if not segments:
-        if durable_index:
-            raise LogDamaged(f"the log is empty, but entries up to {durable_index} were once on stable storage")
-        return RecoveredLog(segments=[], last=LastEntry(), commit_hint=0, entries_walked=0, bytes_cut=0)
-    base = segments[0].base
-    walk = _Walk(LastEntry(end=base), chain_known=base == 0)
-    tail_number = 0
+def _recover(
+    files: Files,
+    folder: str,
+    segment_bytes: int,
+    base: BaseRecord,
+    segments: list[Segment],
+    durable_index: int,
+    hint_is_evidence: bool,
+) -> RecoveredLog:
+    first_base = base.first_base(segment_bytes)
+    walk = Walk(
+        LastEntry(base.index, base.term, base.head_crc, base.position),
+        segment_bytes,
+        durable_index,
+        hint_is_evidence,
+        _rows_evidence(files, folder, segments, first_base),
+    )
+    start = walk.last
+    suspects = read_suspects(files, folder)
+    expected = first_base
     for number, segment in enumerate(segments):
-        tail_number = number
         following = segments[number + 1] if number + 1 < len(segments) else None
-        if following is not None and _is_complete(segment, following, walk):
-            continue
-        _walk_segment(segment, walk)
-        if following is None or segment.nonzero_from(max(walk.last.end - segment.base, 0)) is not None:
-            break
-        if not _continues(following, walk):
-            break
-    evidence = max([durable_index, *(_rows_evidence(segment) for segment in segments[tail_number:])])
-    if evidence > walk.last.index:
-        raise LogDamaged(
-            f"entry {walk.last.index + 1} at position {walk.last.end} is damaged or missing, although entries up to"
-            f" {evidence} were once on stable storage; refusing to serve (copy the data folder of a healthy peer)"
-        )
-    cut = _cut_tail(files, folder, segments, tail_number, walk.last)
+        if segment.base != expected:
+            walk.open_hole(f"segment {segment_name(expected)} is missing", contradicts=True)
+        expected = segment.end
+        if segment.base in suspects or not _is_complete(segment, following, walk):
+            walk_segment(segment, following, walk)
+    faults, end, is_open = _judge(walk)
+    for gap in walk.dirty_gaps:
+        if gap < end.end:
+            _clean(segments, gap)
+    cut = 0
+    if is_open:
+        faults.append(_open_fault(walk, end))
+    else:
+        cut = _cut_tail(files, folder, segments, end, has_faults=bool(faults))
+    if not faults and suspects:
+        clear_suspects(files, folder)
     return RecoveredLog(
         segments=segments,
-        last=walk.last if walk.last.index else LastEntry(end=base),
-        commit_hint=min(walk.commit_hint, walk.last.index),
+        last=end if end.index != start.index or start.index else LastEntry(end=first_base),
+        commit_hint=min(walk.commit_hint, end.index),
         entries_walked=walk.entries,
         bytes_cut=cut,
+        faults=faults,
+        base=base,
     )
 
 
-def _open_all(files: Files, folder: str, segment_bytes: int) -> list[Segment]:
-    bases = segment_bases(files, folder)
-    for base, following in pairwise(bases):
-        if following != base + segment_bytes:
-            raise LogDamaged(f"segment {segment_name(base + segment_bytes)} is missing")
-    if bases and bases[0] % segment_bytes:
-        raise LogDamaged(f"segment {segment_name(bases[0])} does not begin at a multiple of {segment_bytes}")
+def _open_all(files: Files, folder: str, segment_bytes: int, base: BaseRecord) -> list[Segment]:
     for name in files.listdir(f"{folder}/{LOG_FOLDER}"):
-        if name.endswith(".new"):  # a segment whose creation was cut short
+        if name.endswith((".new", ".repair")):  # a creation or a repair that was cut short
             files.unlink(f"{folder}/{LOG_FOLDER}/{name}")
-    if bases and not files.exists(f"{folder}/{ROWS_FOLDER}"):
-        files.make_dirs(f"{folder}/{ROWS_FOLDER}")  # rows can be had again from the frames; the walk does it
-    return [open_segment(files, folder, base, segment_bytes) for base in bases]
-
-
-def _is_complete(segment: Segment, following: Segment, walk: _Walk) -> bool:
-    """Whether a closed segment's rows cover it and the next segment's first frame continues from the last row."""
+    for sub in (LOG_FOLDER, ROWS_FOLDER):
+        if not files.exists(f"{folder}/{sub}"):
+            files.make_dirs(f"{folder}/{sub}")  # rows can be had again from the frames; the walk does it
+    first_base = base.first_base(segment_bytes)
+    bases = segment_bases(files, folder)
+    there = sorted({*bases, *row_bases(files, folder)})
+    for each in there:
+        if each % segment_bytes:
+            raise LogDamaged(f"segment {segment_name(each)} does not begin at a multiple of {segment_bytes}")
+    if bases and there[0] > first_base and not base.index:
+        raise LogDamaged(
+            f"the log begins with segment {segment_name(there[0])} and the record of what lay before it is missing;"
+            " copy the data folder of a healthy peer"
+        )
+    if below := [each for each in there if each < first_base]:
+        remove_segments(files, folder, below)  # a trim that was cut short
+    segments: list[Segment] = []
     try:
-        head = unpack_header(following.file.pread(HEADER_BYTES, 0))
+        for each in bases:
+            if each >= first_base:
+                segments.append(open_segment(files, folder, each, segment_bytes))
+    except OSError:
+        for segment in segments:
+            segment.close()
+        raise
+    return segments
+
+
+def _rows_evidence(files: Files, folder: str, segments: list[Segment], first_base: int) -> dict[int, int]:
+    evidence: dict[int, int] = {}
+    open_bases = {segment.base for segment in segments}
+    for segment in segments:
+        row = last_row(segment.rows)
+        if row is not None:
+            evidence[segment.base] = row.index
+    for base in row_bases(files, folder):
+        if base in open_bases or base < first_base:
+            continue
+        file = files.open(f"{folder}/{ROWS_FOLDER}/{segment_name(base)}")
+        try:
+            row = last_row(file)
+        finally:
+            file.close()
+        if row is not None:  # rows go before their segment: this one was not removed in order
+            evidence[base] = row.index
+    return evidence
+
+
+def _is_complete(segment: Segment, following: Segment | None, walk: Walk) -> bool:
+    """Take a closed segment at its word: its rows cover it and the next segment's first frame goes on from the last."""
+    if following is None or following.base != segment.end or walk.hole is not None:
+        return False
+    try:
+        start = unpack_header(read_around(segment.file, HEADER_BYTES, 0)[0])
+        head = unpack_header(read_around(following.file, HEADER_BYTES, 0)[0])
     except BadFrame:
         return False
     count = segment.rows.size() // ROW_BYTES
@@ -131,8 +188,8 @@ def _is_complete(segment: Segment, following: Segment, walk: _Walk) -> bool:
     if first is None or last is None:
         return False
     complete = (
-        (first.index == walk.last.index + 1 or not walk.chain_known)
-        and first.position == segment.base
+        walk.is_next(start)
+        and (first.index, first.position, first.head_crc) == (start.index, start.position, start.head_crc)
         and last.index == first.index + count - 1
         and head.index == last.index + 1
         and head.prev_crc == last.head_crc
@@ -141,128 +198,97 @@ def _is_complete(segment: Segment, following: Segment, walk: _Walk) -> bool:
     )
     if complete:
         segment.first_index = first.index
-        walk.last = LastEntry(last.index, last.term, last.head_crc, last.end)
-        walk.chain_known = True
-        walk.commit_hint = max(walk.commit_hint, head.commit_hint)
+        segment.unverified = bytearray(b"\1") * -(-segment.nbytes // READ_AHEAD)
+        end = LastEntry(last.index, last.term, last.head_crc, last.end)
+        walk.take(segment, end, head.commit_hint, confirmed=True)
     return complete
 
 
 def _row_fits_frame(segment: Segment, row: Row) -> bool:
+    offset = row.position - segment.base
+    if not 0 <= offset <= segment.nbytes - row.length:
+        return False
     try:
-        entry = parse_entry(segment.file.pread(row.length, row.position - segment.base))
+        entry = parse_entry(read_around(segment.file, row.length, offset)[0])
     except BadFrame:
         return False
     return entry.head_crc == row.head_crc and entry.index == row.index and entry.position == row.position
 
 
-def _walk_segment(segment: Segment, walk: _Walk) -> None:
-    """Verify frame after frame, sync what is good, and complete the side rows."""
-    rows: list[bytes] = []
-    offset = 0
-    window = b""
-    window_start = 0
-    while True:
-        in_window = offset - window_start
-        entry = _entry_at(window, in_window)
-        if entry is None:  # maybe only because the window ends: look again at the bytes themselves
-            window, window_start = segment.file.pread(_READ_AHEAD, offset), offset
-            entry = _entry_at(window, 0)
-            if entry is None:
-                window = segment.file.pread(_frame_length(window), offset)
-                entry = _entry_at(window, 0)
-        if entry is None or not _is_next(entry, segment.base + offset, segment.nbytes, walk):
-            break
-        if not rows:
-            segment.first_index = entry.index
-        rows.append(pack_row(entry.index, entry.term, entry.position, len(entry.frame), entry.head_crc))
-        walk.last = LastEntry(entry.index, entry.term, entry.head_crc, entry.end)
-        walk.chain_known = True
-        walk.commit_hint = max(walk.commit_hint, entry.commit_hint)
-        walk.entries += 1
-        offset += len(entry.frame)
-    if rows:
-        segment.file.sync_now()
-        for first in range(0, len(rows), 4096):
-            _write_missing_rows(segment, first, b"".join(rows[first : first + 4096]))
-        if segment.rows.size() > len(rows) * ROW_BYTES and _rows_evidence(segment) <= walk.last.index:
-            segment.rows.truncate(len(rows) * ROW_BYTES)
+def _judge(walk: Walk) -> tuple[list[FaultyRange], LastEntry, bool]:
+    """(faults with two ends, the log's last entry, whether behind it there is damage) by the evidence there is."""
+    evidence = walk.evidence
+    for number, fault in enumerate(walk.faults):
+        if fault.first_index > evidence and not walk.unreadable[number]:
+            return walk.faults[:number], walk.before[number], False
+    unreadable = walk.hole is not None and walk.hole.unreadable
+    return walk.faults, walk.last, walk.last.index < evidence or unreadable
 
 
-def _write_missing_rows(segment: Segment, first: int, rows: bytes) -> None:
-    offset = first * ROW_BYTES
-    if segment.rows.pread(len(rows), offset) != rows:
-        with suppress_disk_full():
-            segment.rows.pwrite(rows, offset)
-
-
-def _entry_at(window: bytes, offset: int) -> Entry | None:
-    try:
-        return parse_entry(window, offset)
-    except BadFrame:
-        return None
-
-
-def _frame_length(window: bytes) -> int:
-    try:
-        return HEADER_BYTES + unpack_header(window).body_len
-    except BadFrame:
-        return 0
-
-
-def _is_next(entry: Entry, position: int, segment_bytes: int, walk: _Walk) -> bool:
-    if entry.position != position:
-        return False
-    if not walk.chain_known:
-        return True
-    last = walk.last
-    return (
-        entry.index == last.index + 1
-        and entry.prev_crc == last.head_crc
-        and entry.term >= last.term
-        and position == next_position(last.end, len(entry.frame), segment_bytes)
+def _open_fault(walk: Walk, end: LastEntry) -> FaultyRange:
+    return FaultyRange(
+        end.index + 1,
+        max(walk.evidence, end.index + 1),
+        end.end,
+        None,
+        end.head_crc,
+        None,
+        walk.hole.reason if walk.hole is not None else "the log ends too early",
     )
 
 
-def _continues(following: Segment, walk: _Walk) -> bool:
-    """Whether the next segment's first frame is intact and continues the chain."""
-    head = following.file.pread(HEADER_BYTES, 0)
-    entry = _entry_at(following.file.pread(_frame_length(head), 0), 0)
-    return entry is not None and _is_next(entry, following.base, following.nbytes, walk)
+def _clean(segments: list[Segment], gap: int) -> None:
+    for segment in segments:
+        if segment.base < gap < segment.end:
+            zero_rest(segment, gap - segment.base)
+            return
 
 
-def _rows_evidence(segment: Segment) -> int:
-    row = last_row(segment.rows)
-    return row.index if row is not None else 0
-
-
-def _cut_tail(files: Files, folder: str, segments: list[Segment], tail_number: int, last: LastEntry) -> int:
+def _cut_tail(files: Files, folder: str, segments: list[Segment], last: LastEntry, *, has_faults: bool) -> int:
     """Zero what lies behind the last entry; keep at most one clean spare segment. Returns the bytes cut."""
+    if not segments:
+        return 0
+    tail_number = max(0, *(number for number, segment in enumerate(segments) if segment.base < last.end), 0)
     tail = segments[tail_number]
-    start = max(last.end - tail.base, 0)
-    cut = 0
-    if (first := tail.nonzero_from(start)) is not None:
-        cut = _zero_chunks(tail, first)
-        tail.file.sync_now()
-    later = segments[tail_number + 1 :]
-    dropped = [segment for number, segment in enumerate(later) if number > 0 or segment.nonzero_from(0) is not None]
-    if dropped:
-        for segment in reversed(dropped):
-            cut += segment.nbytes
-            segments.remove(segment)
-            remove_segment(files, folder, segment)
-        files.sync_dir(f"{folder}/{ROWS_FOLDER}")
-        files.sync_dir(f"{folder}/{LOG_FOLDER}")
+    cut = zero_rest(tail, max(last.end - tail.base, 0))
+    dropped: list[Segment] = []
+    for number, segment in enumerate(segments[tail_number + 1 :]):
+        used = segment.used_from(0)
+        if number > 0 or used or segment.base != tail.end:
+            cut += used
+            dropped.append(segment)
+        else:
+            segment.first_index, segment.known, segment.unverified = 0, None, None
+            segment.rows.truncate(0)
+    if tail.known is not None:
+        kept = {index: row for index, row in tail.known.items() if index <= last.index}
+        if has_faults:
+            tail.known = kept
+        elif kept:
+            keep_rows(tail, kept, b"")
+        else:
+            tail.first_index, tail.known = 0, None
+    if not has_faults:
+        rows = last.index + 1 - tail.first_index if tail.first_index else 0
+        if tail.rows.size() > rows * ROW_BYTES:
+            tail.rows.truncate(rows * ROW_BYTES)
+    for segment in dropped:
+        segment.close()
+        segments.remove(segment)
+    bases = {segment.base for segment in segments}
+    alone = {base for base in row_bases(files, folder) if base > tail.base and base not in bases}
+    if extra := sorted({segment.base for segment in dropped} | alone):
+        remove_segments(files, folder, extra)
     return cut
 
 
-def _zero_chunks(segment: Segment, first: int) -> int:
-    """Overwrite every chunk that is not zero, front to back only in the search, and tell how many bytes that were."""
-    found: list[tuple[int, int]] = []
-    offset: int | None = first
-    while offset is not None:
-        end = min(offset - offset % _READ_AHEAD + _READ_AHEAD, segment.nbytes)
-        found.append((offset, end))
-        offset = segment.nonzero_from(end)
-    for start, end in reversed(found):
-        segment.zero(start, end)
-    return sum(end - start for start, end in found)
+def zero_rest(segment: Segment, offset: int) -> int:
+    """Overwrite a segment from `offset` on with zeros, on stable storage. Returns how many bytes were not zero there.
+
+    From the back to the front, so that a crash in between leaves a clean prefix and a torn tail.
+    """
+    used = segment.used_from(offset)
+    if used:
+        segment.zero(offset, segment.nbytes)
+        segment.file.sync_now()
+    return used

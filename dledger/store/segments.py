@@ -6,14 +6,18 @@ never changes, so its map stays valid: a cut overwrites with zeros, deletion is 
 
 from __future__ import annotations
 
-from dledger.core.types import HEADER_BYTES, BadFrame, Entry, parse_entry
+import errno
+from collections.abc import Sequence
+
+from dledger.core.types import BODY_BYTES_MAX, HEADER_BYTES, BadFrame, Entry, parse_entry
 from dledger.errors import LogDamaged
 from dledger.store.format import LOG_FOLDER, ROWS_FOLDER
-from dledger.store.rows import ROW_BYTES, Row, read_row
+from dledger.store.rows import DISK_FULL, ROW_BYTES, Row, read_row, unpack_row
 from runtime.model import File, Files
 
 NAME_DIGITS = 20
 _CHUNK = 1 << 20
+_PAGE = 4096
 _ZEROS = bytes(_CHUNK)
 
 
@@ -27,10 +31,52 @@ def segment_bases(files: Files, folder: str) -> list[int]:
     return sorted(int(name) for name in names if len(name) == NAME_DIGITS and name.isdigit())
 
 
+def read_around(file: File, nbytes: int, offset: int) -> tuple[bytes, bool]:
+    """As `pread`, with zeros for pages the disk does not give back, and whether there were none of those.
+
+    Zeros are no frame, so what cannot be read counts as damaged and not as absent (raft.md 4.6).
+    """
+    try:
+        return file.pread(nbytes, offset), True
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+    parts: list[bytes] = []
+    stop = min(offset + nbytes, file.size())
+    while offset < stop:
+        step = min(_PAGE - offset % _PAGE, stop - offset)
+        try:
+            parts.append(file.pread(step, offset))
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            parts.append(bytes(step))
+        offset += step
+    return b"".join(parts), False
+
+
+def row_bases(files: Files, folder: str) -> list[int]:
+    """Start positions of the segments that have side rows, ascending."""
+    names = files.listdir(f"{folder}/{ROWS_FOLDER}")
+    return sorted(int(name) for name in names if len(name) == NAME_DIGITS and name.isdigit())
+
+
 class Segment:
     """One segment file with its side rows. `first_index` is 0 while it holds no entry."""
 
-    __slots__ = ("_map", "base", "file", "first_index", "nbytes", "rows")
+    __slots__ = (
+        "_map",
+        "_readers",
+        "base",
+        "file",
+        "first_index",
+        "is_readable",
+        "is_retired",
+        "known",
+        "nbytes",
+        "rows",
+        "unverified",
+    )
 
     def __init__(self, base: int, nbytes: int, file: File, rows: File, first_index: int = 0) -> None:
         self.base = base
@@ -39,6 +85,14 @@ class Segment:
         self.rows = rows
         self.first_index = first_index
         self._map: memoryview | None = None
+        self.unverified: bytearray | None = None
+        """One byte per chunk, 1 while its frames have not been verified since the start; None: all of them have."""
+        self.known: dict[int, bytes] | None = None
+        """Packed rows of the intact entries, where damage keeps the side rows from telling."""
+        self.is_readable = True
+        """False where the disk did not give back some of its pages."""
+        self._readers = 0
+        self.is_retired = False
 
     @property
     def end(self) -> int:
@@ -53,6 +107,8 @@ class Segment:
 
     def row(self, index: int) -> Row | None:
         """The side row of an entry, if it is there and intact."""
+        if self.known is not None:
+            return unpack_row(self.known.get(index, b""))
         row = read_row(self.rows, index - self.first_index)
         return row if row is not None and row.index == index else None
 
@@ -66,7 +122,7 @@ class Segment:
         """
         limit = min(end, self.end)
         offset = position - self.base
-        data = self.file.pread(min(max(max_bytes, HEADER_BYTES), limit - position), offset)
+        data, _ = read_around(self.file, min(max(max_bytes, HEADER_BYTES), limit - position), offset)
         entries: list[Entry] = []
         taken = 0
         while taken + HEADER_BYTES <= len(data):
@@ -87,9 +143,11 @@ class Segment:
 
     def _read_one(self, position: int, limit: int, error: BadFrame) -> bytes:
         """A frame that is larger than what was asked for, or else the damage that `error` found."""
-        head = self.file.pread(HEADER_BYTES, position - self.base)
+        head, _ = read_around(self.file, HEADER_BYTES, position - self.base)
         length = HEADER_BYTES + int.from_bytes(head[40:44], "little") if len(head) == HEADER_BYTES else 0
-        data = self.file.pread(min(length, limit - position), position - self.base)
+        data, _ = read_around(
+            self.file, min(length, HEADER_BYTES + BODY_BYTES_MAX, limit - position), position - self.base
+        )
         try:
             parse_entry(data)
         except BadFrame:
@@ -100,11 +158,22 @@ class Segment:
         """Offset of a non-zero chunk at or behind `offset`, None when all is zero to the end. Blocks; for start-up."""
         while offset < self.nbytes:
             step = min(_CHUNK - offset % _CHUNK, self.nbytes - offset)
-            data = self.file.pread(step, offset)
+            data, readable = read_around(self.file, step, offset)
+            self.is_readable = self.is_readable and readable
             if data != _ZEROS[: len(data)]:
                 return offset
             offset += step
         return None
+
+    def used_from(self, offset: int) -> int:
+        """How many bytes at or behind `offset` are in use: not counting zeros around what is there. Blocks."""
+        used = 0
+        start: int | None = offset
+        while start is not None and (start := self.nonzero_from(start)) is not None:
+            step = min(_CHUNK - start % _CHUNK, self.nbytes - start)
+            used += len(read_around(self.file, step, start)[0].strip(b"\0"))
+            start += step
+        return used
 
     def zero(self, start: int, end: int) -> None:
         """Overwrite [start, end), offsets within the file, without a sync. Blocks; for threads and start-up.
@@ -116,51 +185,82 @@ class Segment:
             self.file.pwrite(_ZEROS[:step], end - step)
             end -= step
 
+    def enter(self) -> None:
+        """A thread reads from now on: the files stay open until `leave`."""
+        self._readers += 1
+
+    def leave(self) -> None:
+        self._readers -= 1
+        if self.is_retired and self._readers == 0:
+            self.close()
+
+    def retire(self) -> None:
+        """Close the files once nobody reads any more. Maps handed out stay valid."""
+        self.is_retired = True
+        if self._readers == 0:
+            self.close()
+
     def close(self) -> None:
         self.file.close()
         self.rows.close()
 
 
-def create_segment(files: Files, folder: str, base: int, nbytes: int) -> Segment:
+def create_segment(files: Files, folder: str, base: int, nbytes: int, *, warm: bool = False) -> Segment:
     """A new segment, all zeros, its space reserved and its name durable. Waits for the disk; leaves nothing behind
-    when the disk is full.
+    when the disk is full. `warm` writes the zeros out, so that its pages are in memory and on allocated blocks.
     """
     path = f"{folder}/{LOG_FOLDER}/{segment_name(base)}"
     rows_path = f"{folder}/{ROWS_FOLDER}/{segment_name(base)}"
     aside = f"{path}.new"
     file = files.open(aside, create=True)
+    rows: File | None = None
     try:
         file.truncate(0)
         file.allocate(nbytes)
         file.truncate(nbytes)
+        if warm:
+            for offset in range(0, nbytes, _CHUNK):
+                file.pwrite(_ZEROS[: min(_CHUNK, nbytes - offset)], offset)
         file.sync_now()
         rows = files.open(rows_path, create=True)
+        rows.truncate(0)
+        # The rows' name first: a segment without rows can be walked, old rows beside a new one would be false evidence.
+        files.sync_dir(f"{folder}/{ROWS_FOLDER}")
+        files.rename(aside, path)
+        files.sync_dir(f"{folder}/{LOG_FOLDER}")
     except OSError:
         file.close()
-        files.unlink(aside)
+        if rows is not None:
+            rows.close()
+        if files.exists(aside):
+            files.unlink(aside)
         raise
-    rows.truncate(0)
-    # The rows' name first: a segment without rows can be walked, old rows beside a new segment would be false evidence.
-    files.sync_dir(f"{folder}/{ROWS_FOLDER}")
-    files.rename(aside, path)
-    files.sync_dir(f"{folder}/{LOG_FOLDER}")
     return Segment(base, nbytes, file, rows)
 
 
 def open_segment(files: Files, folder: str, base: int, nbytes: int) -> Segment:
-    """An existing segment. Raises LogDamaged when its size is not the group's segment size."""
+    """An existing segment. One that is too short (a truncated file) is filled up with zeros, which are no frames."""
     file = files.open(f"{folder}/{LOG_FOLDER}/{segment_name(base)}")
-    if file.size() != nbytes:
-        size = file.size()
+    try:
+        if file.size() < nbytes:
+            try:
+                file.allocate(nbytes)
+            except OSError as error:
+                if error.errno not in DISK_FULL:
+                    raise
+                file.truncate(nbytes)
+        rows = files.open(f"{folder}/{ROWS_FOLDER}/{segment_name(base)}", create=True)
+    except OSError:
         file.close()
-        raise LogDamaged(f"segment {segment_name(base)} has {size} bytes instead of {nbytes}")
-    return Segment(base, nbytes, file, files.open(f"{folder}/{ROWS_FOLDER}/{segment_name(base)}", create=True))
+        raise
+    return Segment(base, nbytes, file, rows)
 
 
-def remove_segment(files: Files, folder: str, segment: Segment) -> None:
-    """Delete it, rows first (see `create_segment`). The folders are not synced here. Maps handed out stay valid."""
-    segment.close()
+def remove_segments(files: Files, folder: str, bases: Sequence[int]) -> None:
+    """Delete segments, the last one first, all rows (evidence) before any frame. Waits for the disk."""
     for sub in (ROWS_FOLDER, LOG_FOLDER):
-        path = f"{folder}/{sub}/{segment_name(segment.base)}"
-        if files.exists(path):
-            files.unlink(path)
+        for base in sorted(bases, reverse=True):
+            path = f"{folder}/{sub}/{segment_name(base)}"
+            if files.exists(path):
+                files.unlink(path)
+        files.sync_dir(f"{folder}/{sub}")

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from dledger.core.types import Entry, EntryType, frame_entry, next_position
 from dledger.errors import FormatError, LogDamaged, MetaDamaged, StoreFailed
 from dledger.store.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from dledger.store.faults import refuse_faults
 from dledger.store.format import Format, check_format, read_format
 from dledger.store.log_store import LogStore, format_folder, is_blank
 from dledger.store.meta import SLOT_DISTANCE, MetaFile
@@ -234,7 +235,7 @@ async def test_torn_at_every_byte(tmp_path: Path) -> None:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_damage_is_cut_without_evidence_and_refused_with_it(
+def test_any_damage_is_cut_without_evidence_and_reported_with_it(
     built: tuple[Path, list[Entry]], data: st.DataObject
 ) -> None:
     folder, entries = built
@@ -270,9 +271,13 @@ def test_any_damage_is_cut_without_evidence_and_refused_with_it(
     files = RealFiles()
     if mark >= bad:
         before = {path.name: path.read_bytes() for path in (work / "log").iterdir()}
-        with pytest.raises(LogDamaged, match=f"entry {bad} "):
-            recover_log(files, str(work), SEGMENT, mark)
-        assert {path.name: path.read_bytes() for path in (work / "log").iterdir()} == before
+        damaged = recover_log(files, str(work), SEGMENT, mark)
+        assert damaged.faults[0].first_index == bad
+        assert damaged.last.index == entries[-1].index or damaged.faults[-1].is_open or damaged.bytes_cut
+        if not damaged.bytes_cut:
+            assert {path.name: path.read_bytes() for path in (work / "log").iterdir()} == before
+        for each in damaged.segments:
+            each.close()
         return
     recovered = recover_log(files, str(work), SEGMENT, mark)
     assert recovered.last.index == bad - 1
@@ -292,7 +297,7 @@ def built(tmp_path: Path) -> tuple[Path, list[Entry]]:
     return folder, trio.run(build_segment, folder, [rng.randbytes(rng.randrange(1, 2500)) for _ in range(90)])
 
 
-async def test_damage_is_refused_when_a_side_row_is_evidence(tmp_path: Path) -> None:
+async def test_damage_is_reported_when_a_side_row_is_evidence(tmp_path: Path) -> None:
     env = test_env(tmp_path)
     store = await fresh(env, tmp_path)
     framer = Framer()
@@ -303,8 +308,16 @@ async def test_damage_is_refused_when_a_side_row_is_evidence(tmp_path: Path) -> 
     content = bytearray(path.read_bytes())
     content[5000] ^= 1
     path.write_bytes(content)
+    store, recovered = await LogStore.open(env, str(tmp_path), SEGMENT, store._meta)
+    (fault,) = recovered.faults
+    damaged = next(entry for entry in entries if entry.end > 3 * SEGMENT + 5000)
+    assert (fault.first_index, fault.last_index) == (damaged.index, damaged.index)
+    assert (fault.prev_crc, fault.next_crc) == (damaged.prev_crc, damaged.head_crc)
     with pytest.raises(LogDamaged, match="refusing to serve"):
-        await opened(env, tmp_path)
+        refuse_faults(recovered.faults)
+    with pytest.raises(LogDamaged, match="damaged"):
+        store.entries(damaged.index, 1)
+    assert store.entries(damaged.index + 1, 1)[0] == entries[damaged.index]  # what is intact can be given to others
 
 
 async def test_reading_a_damaged_entry_is_an_error_not_an_answer(tmp_path: Path) -> None:
@@ -346,8 +359,8 @@ async def test_missing_segment_is_damage(tmp_path: Path) -> None:
     await append(store, [framer.next(b"q" * 1000) for _ in range(200)])
     await store.close()
     (tmp_path / "log" / segment_name(SEGMENT)).unlink()
-    with pytest.raises(LogDamaged, match="missing"):
-        await opened(env, tmp_path)
+    _, recovered = await LogStore.open(env, str(tmp_path), SEGMENT, store._meta)
+    assert [fault.reason for fault in recovered.faults] == [f"segment {segment_name(SEGMENT)} is missing"]
 
 
 async def test_rows_are_written_only_for_what_is_durable(tmp_path: Path) -> None:
