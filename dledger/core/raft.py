@@ -575,7 +575,7 @@ class Raft:
                 self._heard_leader_at = NEVER
                 self._follow(now, Cause.LEADER_CLOSED, self.term, None)
                 self._campaign_soon(now, self.config.peer_lost_jitter_max)
-        elif hard:
+        elif hard and self.role is not Role.LEADER:
             self._judge_round(now)
 
     def _peer_up(self, now: float, peer: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dledger.core import effects as fx
 from dledger.core import messages as msg
 from dledger.core.config import RaftConfig
-from dledger.core.events import DiskState, Propose, Tick, Transfer, Written
+from dledger.core.events import DiskState, PeerLost, Propose, Tick, Transfer, Written
 from dledger.core.log import MemoryLog
 from dledger.core.transitions import PeerState
 from dledger.core.types import EntryType, HardState, Role
@@ -436,3 +436,11 @@ def test_22_what_was_trimmed_counts_as_committed_after_a_restart() -> None:
     group = Group(logs={"n1": log})
     group["n1"].boot(commit_index=3)
     assert group.raft("n1").commit_index == 6
+
+
+def test_a_leader_that_loses_a_stranger_leads_on() -> None:
+    group = Group()
+    group.elect("n0")
+    before = group.raft("n0").term
+    group["n0"].step(PeerLost(group.now, "n9", True))
+    assert (group.raft("n0").role, group.raft("n0").term) == (Role.LEADER, before)
