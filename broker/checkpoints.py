@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 SOON_INTERVAL_S: Final = 1.0
 """Between two checkpoints that were asked for."""
+ROOM_BYTES: Final = 64 * 1024 * 1024
+"""On a disk with less room than that (or a sixteenth) no checkpoint is begun: half of one would have to be undone."""
 
 
 class Checkpoints:
@@ -59,10 +61,12 @@ class Checkpoints:
     async def save(self) -> None:
         """Write queues, index, dedup window and tables. Checkpoint (trio). Raises OSError.
 
-        Gives up without a word where the tables are loaded anew meanwhile.
+        Gives up without a word where the tables are loaded anew meanwhile, and on a full disk: the log has it all.
         """
         async with self._lock:
-            await self._save()
+            free, total = self._state.env.files.free_space(self._state.config.data_dir)
+            if free >= min(ROOM_BYTES, total // 16):
+                await self._save()
 
     async def _save(self) -> None:
         state = self._state
@@ -74,6 +78,8 @@ class Checkpoints:
             return
         # One synchronous look at everything: it covers exactly the entries up to `applied_index`.
         state.queues.flush()
+        if state.queues.is_full:
+            return
         index = state.applied_index
         position = state.group.committed_position if state.group.is_serving else self._position
         saved, unsaved = state.dedup.collect()

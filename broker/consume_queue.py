@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol
 
 import trio
 
+from broker.errors import DISK_FULL
 from broker.key_index import topic_seed
 from broker.records import STORE_TIMESTAMP_END, UNIT, UNIT_BYTES, store_timestamp_of
 from broker.tables import InvariantBroken
@@ -157,6 +158,8 @@ class QueueTable:
         self.pending: dict[tuple[bytes, int], QueueState] = {}
         """The queues records are staged into. A deleted topic's queues leave it when the deletion is staged."""
         self._dirty: list[QueueState] = []
+        self.is_full = False
+        """The disk has no room for units: they wait in memory, and `flush` tries again."""
         self._log: LogReader | None = None
         self._trimmed_to = 0
         self._shrunk: dict[QueueState, None] = {}
@@ -186,8 +189,8 @@ class QueueTable:
             self._dirty.append(queue)
             if not queue.visible:
                 self._show(queue)
-        if len(tail) >= self._flush_bytes:
-            self._write_tail(queue)
+        if len(tail) >= self._flush_bytes and not self.is_full:
+            self._write_if_room(queue)
 
     def _show(self, queue: QueueState) -> None:
         queue.visible = True
@@ -401,13 +404,24 @@ class QueueTable:
         queue.last_position = int.from_bytes(tail[-UNIT_BYTES : 8 - UNIT_BYTES])
         queue.tail = bytearray()
 
+    def _write_if_room(self, queue: QueueState) -> None:
+        try:
+            self._write_tail(queue)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            self.is_full = True
+
     def flush(self) -> None:
-        """Write every tail to its file (page cache). Raises OSError."""
+        """Write every tail to its file (page cache); on a full disk, see `is_full`. Raises OSError."""
+        self.is_full = False
         dirty, self._dirty = self._dirty, []
         for queue in dirty:
-            queue.dirty = False
-            if queue.tail and not queue.gone:
-                self._write_tail(queue)
+            if queue.tail and not queue.gone and not self.is_full:
+                self._write_if_room(queue)
+            queue.dirty = bool(queue.tail) and not queue.gone
+            if queue.dirty:
+                self._dirty.append(queue)
 
     async def sync(self) -> None:
         """Make what `flush` wrote so far durable. Checkpoint (trio). Raises OSError."""

@@ -22,6 +22,7 @@ from typing import Any, Final
 import trio
 from attrs import frozen
 
+from broker.errors import DISK_FULL
 from broker.tables import InvariantBroken
 from runtime.model import Files
 
@@ -140,7 +141,12 @@ class KeyIndex:
             self._active = rest
         while len(self._sealed) > SEALED_IN_MEMORY_LIMIT:
             oldest = self._sealed[0]
-            self._write(oldest, encode_segment(oldest))
+            try:
+                self._write(oldest, encode_segment(oldest))
+            except OSError as error:
+                if error.errno not in DISK_FULL:
+                    raise
+                return  # more memory than meant, until there is room again
 
     @property
     def has_sealed(self) -> bool:
@@ -172,6 +178,9 @@ class KeyIndex:
         file = self._files.open(path, create=True)
         try:
             file.pwrite(data, 0)
+        except OSError:
+            self._files.unlink(path)  # no half segment: the next try begins anew
+            raise
         finally:
             file.close()
         self._segments.append(self._describe(path, data))

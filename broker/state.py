@@ -24,6 +24,7 @@ from broker.checkpoints import Checkpoints
 from broker.consume_queue import QueueFilesShort, QueueState, QueueTable
 from broker.dedup import DedupFiles, DedupWindow, SavedGeneration, dedup_key
 from broker.delay import MAX_LEVEL, DelayProgress
+from broker.errors import DISK_FULL
 from broker.groups import GroupTable
 from broker.key_index import KeyIndex, topic_seed
 from broker.locks import LockRow, QueueLocks
@@ -209,6 +210,13 @@ class BrokerState:
             return None
         data = self.group.read(physical_offset, size)
         return data if data is not None and self._is_record(data, physical_offset) else None
+
+    def is_cold(self, physical_offset: int) -> bool:
+        """The log holds these bytes, but not in memory, or not looked at yet since the start: `read_message_cold`."""
+        group = self.group
+        if not group.first_position <= physical_offset <= group.committed_position - 8:
+            return False
+        return not group.is_hot(physical_offset) or group.read(physical_offset, 8) is None
 
     async def read_message_cold(self, physical_offset: int) -> bytes | None:
         """As `read_message`, waiting for the disk. Checkpoint."""
@@ -994,7 +1002,11 @@ class BrokerState:
             if self.group.is_serving:
                 self.trim(self.group.first_position)
                 await self.queues.settle()
-            await self.index.persist(self.env.run_in_thread)
+            try:
+                await self.index.persist(self.env.run_in_thread)
+            except OSError as error:
+                if error.errno not in DISK_FULL:
+                    raise  # else it waits in memory, as the units of the queues do
             for name in files.listdir(self.queues.trash):
                 await self.env.run_in_thread(files.remove_tree, f"{self.queues.trash}/{name}")
             if self.checkpoints.is_due:
