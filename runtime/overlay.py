@@ -6,7 +6,7 @@ object. So a tool can run the very code that would change a folder, and tell wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import trio
@@ -19,13 +19,14 @@ PAGE_BYTES = 4096
 class OverlayFile:
     """`runtime.model.File`: changed pages in memory, the others from the file below."""
 
-    def __init__(self, path: str, below: File | None) -> None:
+    def __init__(self, path: str, below: File | None, on_read: Callable[[int], None] | None = None) -> None:
         self._path = path
         self._below = below
         self._size = below.size() if below is not None else 0
         self._kept = self._size
         """Bytes of the file below that still show: what was cut off once does not come back."""
         self._pages: dict[int, bytearray] = {}
+        self._on_read = on_read
 
     @property
     def path(self) -> str:
@@ -39,6 +40,8 @@ class OverlayFile:
         if self._below is not None and offset < self._kept:
             found = self._below.pread(min(end, self._kept) - offset, offset)
             data[: len(found)] = found
+            if self._on_read is not None:
+                self._on_read(len(found))
         for number in range(offset // PAGE_BYTES, (end - 1) // PAGE_BYTES + 1) if self._pages else ():
             page = self._pages.get(number)
             if page is not None:
@@ -117,10 +120,14 @@ class OverlayFile:
 
 
 class OverlayFiles:
-    """`runtime.model.Files` over other files, none of which is changed. `close` gives the descriptors back."""
+    """`runtime.model.Files` over other files, none of which is changed. `close` gives the descriptors back.
 
-    def __init__(self, below: Files) -> None:
+    `on_read` is told how many bytes were read below, each time: for progress.
+    """
+
+    def __init__(self, below: Files, on_read: Callable[[int], None] | None = None) -> None:
         self._below = below
+        self._on_read = on_read
         self._opened: dict[str, OverlayFile] = {}
         self._gone: set[str] = set()
         """Paths of the files below that were removed or renamed away; with "/" behind them, folders."""
@@ -130,7 +137,7 @@ class OverlayFiles:
         file = self._opened.get(path)
         if file is None:
             if self._is_below(path):
-                file = OverlayFile(path, self._below.open(path))
+                file = OverlayFile(path, self._below.open(path), self._on_read)
             elif create:
                 file = OverlayFile(path, None)
             else:
