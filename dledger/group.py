@@ -2,10 +2,17 @@
 
 group = RaftGroup(env, config, machine, log)
 await nursery.start(group.run)
+
+A run is a loop, for a log may turn out to be damaged, or be replaced by a peer's segments, while the process lives on:
+
+    finish an installation -> recover the log -> faults?  yes: mend it from the peers          (dledger.repair)
+                                                          no:  restore, replay, take part
+    `Reopen`, out of either: begin again
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,28 +21,51 @@ from attrs import evolve
 
 from dledger.config import GroupConfig
 from dledger.core.errors import LocalError
+from dledger.core.membership import AddLearner, Change, Members, Promote, Remove, decode_members, encode_members
 from dledger.core.raft import Raft
 from dledger.core.types import HEADER_BYTES, HardState, Role
 from dledger.driver import APPLY_SECONDS_MAX, Driver, Replay
-from dledger.errors import CoreStopped, FormatError, LedgerError, LogDamaged, NotLeader, Overloaded, TooLarge
+from dledger.errors import CoreStopped, FormatError, LedgerError, LogDamaged, NotLeader, Overloaded, Reopen, TooLarge
+from dledger.fetch import Exchange, FetchClient, FetchServer, LogSource
 from dledger.machine import EntryView, GroupStatistics, StateMachine
 from dledger.open_batch import OpenBatch
 from dledger.peers import Peers
-from dledger.store.checkpoint import drop_checkpoints, read_checkpoint, write_checkpoint
-from dledger.store.faults import refuse_faults
-from dledger.store.format import FORMAT_FILE, Format, check_format, read_format
+from dledger.repair import Deaf, RepairPhase
+from dledger.store.checkpoint import Checkpoint, drop_checkpoints, read_checkpoint, write_checkpoint
+from dledger.store.faults import EntryDamaged, refuse_faults
+from dledger.store.format import FORMAT_FILE, LOG_FOLDER, ROWS_FOLDER, Format, check_format, read_format, write_format
 from dledger.store.log_store import LogStore, format_folder, is_blank
-from dledger.store.meta import MetaFile, boot_tag
+from dledger.store.meta import MetaFile, boot_tag, format_meta
+from dledger.store.options import StoreOptions
 from dledger.store.recovery import RecoveredLog
 from runtime.logs import Logger
 from runtime.model import Env, Listener
 
-__all__ = ["EntryView", "GroupStatistics", "NotLeader", "Overloaded", "RaftGroup", "Role", "StateMachine", "TooLarge"]
+__all__ = [
+    "AddLearner",
+    "EntryView",
+    "GroupStatistics",
+    "Members",
+    "NotLeader",
+    "Overloaded",
+    "Promote",
+    "RaftGroup",
+    "Remove",
+    "Role",
+    "StateMachine",
+    "TooLarge",
+]
 
 REPLAY_BYTES = 1024 * 1024
 HOT_BYTES_MIN = 64 * 1024 * 1024
 HOT_MEMORY_SHARE = 16
 """The end of the log that is taken to be in the page cache: this part of the machine's memory."""
+REOPEN_SECONDS_MIN = 0.05
+REOPEN_SECONDS_MAX = 10.0
+"""How long to wait before a log that turned out damaged again and again is opened anew."""
+TRANSFER_SECONDS_MAX = 10.0
+LATE = "late"
+COUNTERS = ("reopened", "faults", "repairs", "cut_as_damaged", "installs")
 BODY_OFFSET = HEADER_BYTES
 """From an entry's position to the physical offset of the first byte of its body."""
 
@@ -56,7 +86,16 @@ class RaftGroup:
         self._hot_bytes = max(HOT_BYTES_MIN, env.ids.memory_bytes // HOT_MEMORY_SHARE)
         self._log = log.bind(group=config.group, node=config.node_id)
         self._listener = listener
+        self._listen_address = config.listen_address
         self._driver: Driver | None = None
+        self.state = "recovering"
+        """"recovering" the log from the disk, "repairing" it from the peers, "installing" their segments, "serving"."""
+        self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
+        """Over all runs of this process."""
+        self._phase: RepairPhase | None = None
+        self._last_index = 0
+        self._needed = 0
+        self._need = trio.Event()
         self._batch = OpenBatch()
         self.reserve: Callable[[int], int] = self._batch.reserve
         """Physical offset that the next record, of this size, will get; `add_record` must follow before any await.
@@ -67,7 +106,9 @@ class RaftGroup:
         self.add_records: Callable[[Sequence[bytes]], None] = self._batch.add_records
         """Put the reserved record into the open batch."""
         self._stopped = trio.Event()
+        self._stop_wanted = trio.Event()
         self._is_stopping = False
+        self._is_started = False
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Recover the log, replay it, listen, take part. `started()` once recovered and listening. Returns after
@@ -88,20 +129,60 @@ class RaftGroup:
         env, folder = self._env, self.config.data_dir
         env.files.make_dirs(folder)
         with env.files.lock(f"{folder}/lock"):
-            identity = self._identify()
+            identity = await self._identify()
             self.group_uuid = identity.group_uuid
             meta = MetaFile.open(env.files, folder, identity)
             try:
-                store, recovered = await LogStore.open(env, folder, identity.segment_bytes, meta)
-                try:
-                    refuse_faults(recovered.faults)
-                    await self._serve(store, recovered, meta, identity, task_status)
-                finally:
-                    store.abandon()
+                await self._reopen_until_stopped(meta, identity, task_status)
             finally:
                 meta.close()
 
-    def _identify(self) -> Format:
+    async def _reopen_until_stopped(self, meta: MetaFile, identity: Format, task_status: trio.TaskStatus[None]) -> None:
+        clock = self._env.clock
+        pause = REOPEN_SECONDS_MIN
+        while not self._is_stopping:
+            began = clock.monotonic()
+            try:
+                await self._run_once(meta, identity, task_status)
+                return
+            except (Reopen, EntryDamaged) as error:
+                reason = str(error)
+            except BaseExceptionGroup as group:
+                cause = _cause(group)
+                if not isinstance(cause, Reopen | EntryDamaged):
+                    raise
+                reason = str(cause)
+            self.state = "recovering"
+            self.counters["reopened"] += 1
+            self._log.warning("opening the log anew", reason=reason)
+            if clock.monotonic() - began > REOPEN_SECONDS_MAX:
+                pause = REOPEN_SECONDS_MIN
+            else:  # what was mended is damaged again at once: do not wear the disk out
+                await clock.sleep(pause)
+                pause = min(2 * pause, REOPEN_SECONDS_MAX)
+
+    async def _run_once(self, meta: MetaFile, identity: Format, task_status: trio.TaskStatus[None]) -> None:
+        """From the disk to the end of serving. Raises Reopen where it is to begin again."""
+        env, folder = self._env, self.config.data_dir
+        options = StoreOptions(
+            warm=self.config.warm,
+            mlock=self.config.mlock,
+            advise=self.config.advise,
+            hint_is_evidence=self.config.flush == "sync",
+        )
+        store, recovered = await LogStore.open(env, folder, identity.segment_bytes, meta, options)
+        try:
+            if recovered.faults:
+                self.counters["faults"] += len(recovered.faults)
+                if len(self.config.peers) == 1:
+                    refuse_faults(recovered.faults)
+                await self._mend(store, recovered, meta, identity)
+            else:
+                await self._serve(store, recovered, meta, identity, task_status)
+        finally:
+            store.abandon()
+
+    async def _identify(self) -> Format:
         """The folder's format: checked, or made where that is asked for."""
         env, config, folder = self._env, self.config, self.config.data_dir
         wanted = Format(
@@ -116,10 +197,13 @@ class RaftGroup:
         if found is None:
             if not is_blank(env, folder):
                 raise FormatError(f"data folder {folder} holds a log but no {FORMAT_FILE}: refusing to touch it")
-            if not config.format_if_empty:
+            if not config.format_if_empty and not config.join:
                 raise FormatError(f"data folder {folder} is not formatted; start the node once with --format")
-            format_folder(env, folder, wanted)
-            self._log.info("data folder formatted", folder=folder, group_uuid=wanted.group_uuid)
+            if config.join:
+                await self._format_blank(wanted)
+            else:
+                format_folder(env, folder, wanted)
+            self._log.info("data folder formatted", folder=folder, group_uuid=wanted.group_uuid, blank=config.join)
             return wanted
         if config.cluster_uuid is None:
             # Derived from the peers' addresses only when a folder is formatted; addresses may change later.
@@ -133,6 +217,103 @@ class RaftGroup:
             )
         return found
 
+    async def _format_blank(self, wanted: Format) -> None:
+        """As `format_folder`, for a node that may have voted before its folder was lost: it is recovering from its
+        first moment on (raft.md 4.6, nats-server#2792)."""
+        files, folder = self._env.files, self.config.data_dir
+        for sub in (folder, f"{folder}/{LOG_FOLDER}", f"{folder}/{ROWS_FOLDER}"):
+            files.make_dirs(sub)
+        format_meta(files, folder, wanted)
+        meta = MetaFile.open(files, folder, wanted)
+        try:
+            await meta.save_recovering(True)
+        finally:
+            meta.close()
+        files.sync_dir(folder)
+        write_format(files, folder, wanted)
+
+    async def _listen(self) -> Listener:
+        """A listener for one stay in a phase: in between, who calls is refused and need not wait."""
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            self._listen_address = listener.address
+            return listener
+        return await self._env.net.listen(*self._listen_address)
+
+    async def _stop_phase(self, scope: trio.CancelScope) -> None:
+        await self._stop_wanted.wait()
+        scope.cancel()
+
+    async def _mend(self, store: LogStore, recovered: RecoveredLog, meta: MetaFile, identity: Format) -> None:
+        """The repair phase. Raises Reopen when something has changed; returns only when the group is to stop."""
+        env, config, folder = self._env, self.config, self.config.data_dir
+        self.state = "repairing"
+        is_sure = not meta.saved.recovering and not self._may_have_forgotten(meta)
+        checkpoint = read_checkpoint(env.files, folder, up_to=recovered.last.index)
+        _, members = self._known_members(store, checkpoint)[-1]
+        client = FetchClient(env)
+        source = LogSource(
+            env,
+            folder,
+            identity.segment_bytes,
+            store,
+            committed=lambda: 0,
+            is_sure=lambda: is_sure,
+            faults=recovered.faults,
+        )
+        server = FetchServer(env, source, config.fetch_bytes_per_second)
+        peers = Peers(env, config, identity, self._log, Deaf(), Exchange(server, client))
+        peers.set_members({**config.peers, **members.addresses})
+        client.peers = peers
+        phase = RepairPhase(
+            env,
+            folder,
+            identity.segment_bytes,
+            meta,
+            recovered.faults,
+            members.voters,
+            config.node_id,
+            client,
+            self._log,
+        )
+        self._phase = phase
+        listener = await self._listen()
+        reason = ""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(peers.run, listener)
+                nursery.start_soon(server.run)
+                nursery.start_soon(self._stop_phase, nursery.cancel_scope)
+                verdict = await phase.run()
+                reason = verdict.value
+                nursery.cancel_scope.cancel()
+        finally:
+            self._phase = None
+            self.counters["repairs"] += phase.repaired
+            self.counters["cut_as_damaged"] += phase.dropped
+            with trio.CancelScope(shield=True):
+                await listener.aclose()
+            self._last_index = 0  # it is damaged, and the node recovering: what peers have committed counts for more
+        if reason:
+            raise Reopen(reason)
+
+    def _may_have_forgotten(self, meta: MetaFile) -> bool:
+        """Whether a power loss may have taken what this node acknowledged: async flush, and the machine rebooted."""
+        saved = meta.saved
+        return self.config.flush == "async" and not saved.clean and saved.boot != boot_tag(self._env.ids.boot_id)
+
+    def _known_members(self, store: LogStore, checkpoint: Checkpoint | None) -> list[tuple[int, Members]]:
+        """The CONFIG entries known, ascending; the configured members before them as entry 0."""
+        config = self.config
+        founders = Members(config.first_voters, (), {name: config.peers[name] for name in config.first_voters})
+        known = [(0, founders)]
+        try:
+            if checkpoint is not None and checkpoint.config:
+                known.append((checkpoint.config_index, decode_members(checkpoint.config)))
+        except ValueError as error:
+            raise FormatError(f"a list of members in {config.data_dir} cannot be read: {error}") from error
+        return known
+
     async def _serve(
         self,
         store: LogStore,
@@ -142,9 +323,8 @@ class RaftGroup:
         task_status: trio.TaskStatus[None],
     ) -> None:
         env, config = self._env, self.config
-        boot = boot_tag(env.ids.boot_id)
         saved = meta.saved
-        recovering = config.flush == "async" and not saved.clean and saved.boot != boot
+        recovering = saved.recovering or self._may_have_forgotten(meta)
         self._log.info(
             "log recovered",
             last_index=store.last_index,
@@ -155,12 +335,22 @@ class RaftGroup:
             commit_hint=recovered.commit_hint,
             recovering=recovering,
         )
-        await meta.save_started(boot)
-        replay, applied_index, covers = await self._replay(store, recovered.commit_hint, identity.segment_bytes)
-        listener = self._listener
-        if listener is None:
-            listener = await env.net.listen(*config.listen_address)
+        await meta.save_started(boot_tag(env.ids.boot_id), recovering=recovering)
+        replay, applied_index, checkpoint = await self._replay(store, recovered.commit_hint, identity.segment_bytes)
+        configs = self._known_members(store, checkpoint)[1:]
+        listener = await self._listen()
         raft_config = evolve(config.raft_config(), segment_bytes=identity.segment_bytes)
+        client = FetchClient(env)
+        source = LogSource(
+            env,
+            config.data_dir,
+            identity.segment_bytes,
+            store,
+            committed=lambda: driver.applied_index,
+            is_sure=lambda: not driver.core.recovering,
+        )
+        server = FetchServer(env, source, config.fetch_bytes_per_second)
+        self._needed = 0
         driver = Driver(
             env,
             config,
@@ -171,7 +361,7 @@ class RaftGroup:
             batch=self._batch,
             make_core=lambda now, log: Raft(
                 config.node_id,
-                config.peers,
+                config.first_voters,
                 raft_config,
                 env.rng(f"raft/{config.group}/{config.node_id}"),
                 HardState(saved.term, saved.vote),
@@ -179,20 +369,29 @@ class RaftGroup:
                 now,
                 commit_index=applied_index,
                 recovering=recovering,
+                configs=configs,
             ),
-            make_peers=lambda driver: Peers(env, config, identity, self._log, driver),
+            make_peers=lambda driver: Peers(env, config, identity, self._log, driver, Exchange(server, client)),
             replay=replay,
             applied_index=applied_index,
-            checkpoint_index=covers,
+            checkpoint_index=checkpoint.index if checkpoint is not None else 0,
             segment_bytes=identity.segment_bytes,
+            need_segments=self._note_need,
+            leased_position=server.leased_position,
         )
+        client.peers = driver.peers
+        server.on_damage = driver.damaged
         self._driver = driver
+        self.state = "serving"
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(driver.peers.run, listener)
+                nursery.start_soon(server.run)
                 if self._is_stopping:
                     driver.stop()
-                task_status.started()
+                if not self._is_started:
+                    self._is_started = True
+                    task_status.started()
                 await driver.run()
                 nursery.cancel_scope.cancel()
         except LocalError as error:
@@ -200,23 +399,31 @@ class RaftGroup:
         finally:
             self._driver = None  # from here on this is a group that does not lead; reading ends too
             self._batch.stop(None)
+            for name, count in driver.counters.items():
+                self.counters[name] += count
             with trio.CancelScope(shield=True):
                 await listener.aclose()
+            self._last_index = store.last_index
         await store.close()
         await meta.save_mark(store.durable_index, clean=True)
 
-    async def _replay(self, store: LogStore, commit_hint: int, segment_bytes: int) -> tuple[Replay, int, int]:
+    def _note_need(self, leader: str, first_index: int) -> None:
+        """The core's: only whole segments can bring this node to `first_index`."""
+        self._needed = first_index
+        self._need.set()
+
+    async def _replay(
+        self, store: LogStore, commit_hint: int, segment_bytes: int
+    ) -> tuple[Replay, int, Checkpoint | None]:
         """Bring the machine to what is known to be committed; stage, but do not apply, what lies behind. Returns also
-        the applied index, and what the checkpoint covers."""
+        the applied index, and the checkpoint used."""
         machine = self.machine
-        checkpoint = read_checkpoint(self._env.files, self.config.data_dir)
-        covers, blob = (checkpoint.index, checkpoint.blob) if checkpoint is not None else (0, None)
-        if covers > store.last_index:
-            self._log.warning("checkpoint lies behind the end of the log", covers=covers, last_index=store.last_index)
+        files, folder = self._env.files, self.config.data_dir
+        for covers in drop_checkpoints(files, folder, above=store.last_index):
             # Nor may it count once the log has grown past it again, maybe with other entries (async power losses).
-            drop_checkpoints(self._env.files, self.config.data_dir, above=store.last_index)
-            older = read_checkpoint(self._env.files, self.config.data_dir)
-            covers, blob = (older.index, older.blob) if older is not None else (0, None)
+            self._log.warning("checkpoint lies behind the end of the log", covers=covers, last_index=store.last_index)
+        checkpoint = read_checkpoint(files, folder)
+        covers, blob = (checkpoint.index, checkpoint.blob) if checkpoint is not None else (0, None)
         # Where the machine wants to read from may lie before what its tables cover (a dedup window is read again).
         covered = machine.restore(blob, first_index=store.first_index, first_position=store.first_position)
         if covers + 1 < store.first_index:
@@ -237,7 +444,7 @@ class RaftGroup:
                     slice_end = self._env.clock.monotonic() + APPLY_SECONDS_MAX
             index = entries[-1].index + 1
         machine.turn_done()
-        return replay, applied_index, covers
+        return replay, applied_index, checkpoint
 
     @property
     def role(self) -> Role:
@@ -281,8 +488,23 @@ class RaftGroup:
         driver = self._driver
         config = self.config
         if driver is None:
-            return GroupStatistics(node_id=self.node_id, flush=config.flush)
-        return driver.statistics()
+            return GroupStatistics(
+                node_id=self.node_id,
+                flush=config.flush,
+                state=self.state,
+                waits_for=self._waits_for,
+                counters=dict(self.counters),
+            )
+        now = driver.statistics(self.state)
+        counters = {**self.counters, **now.counters}
+        for name in driver.counters:  # what earlier runs of this process counted is part of it
+            counters[name] = now.counters[name] + self.counters[name]
+        return evolve(now, counters=counters, waits_for=self._waits_for)
+
+    @property
+    def _waits_for(self) -> str:
+        """What keeps a repair or a transfer from ending, for an operator; empty where nothing does."""
+        return self._phase.waits_for if self._phase is not None else ""
 
     # The open batch: leader only, between two awaits. `reserve` and `add_record`, called once per message, are the
     # batch's own methods (see __init__).
@@ -366,9 +588,92 @@ class RaftGroup:
         if self._driver is not None and self._driver.role is Role.LEADER:
             self._driver.transfer(target)
 
+    async def transfer_and_wait(self, target: str | None = None) -> str | None:
+        """As `transfer_leadership`; returns when it has ended: None when another node leads, else the reason why this
+        one goes on, or why it never led. Takes no longer than some election timeouts. Checkpoint.
+        """
+        if self._driver is None or self._driver.role is not Role.LEADER:
+            await trio.lowlevel.checkpoint()
+            return str(NotLeader(self.leader_id))
+        driver = self._driver
+        outcome = await self._outcome(lambda told: driver.transfer(target, told), TRANSFER_SECONDS_MAX)
+        return "the transfer has not ended in time" if outcome is LATE else outcome
+
+    def read_index(self, callback: Callable[[str | None], None]) -> None:
+        """Call back once this node's tables show everything that was acknowledged before this call: with None, in a
+        driver turn. Where the node does not lead, or cannot have that confirmed: with the reason, maybe at once.
+
+        All calls of a turn share one round to the peers; a call costs no task.
+        """
+        if self._driver is None:
+            callback(str(NotLeader(None)))
+        else:
+            self._driver.read_index(callback)
+
+    @property
+    def members(self) -> Members:
+        """The members in force; before the log is read, the configured ones."""
+        if self._driver is not None:
+            return self._driver.members
+        return Members(self.config.first_voters, (), dict(self.config.peers))
+
+    async def change_members(self, change: Change) -> None:
+        """Add a learner, promote it, or remove a member; returns once that is committed. One at a time. Checkpoint;
+        cancelling leaves the outcome open.
+
+        Raises NotLeader, or LedgerError with the reason.
+        """
+        driver = self._leading()
+        if driver.peers.oldest_version < 2:
+            raise LedgerError("a member still runs a version that does not know changes of members; upgrade it first")
+        reason = await self._outcome(lambda told: driver.change_members(change, told), None)
+        if reason is not None:
+            raise LedgerError(str(reason))
+
+    def accept_loss(self) -> None:
+        """The operator's word that what a power loss or damage took from this node is given up: it votes again."""
+        if self._driver is not None:
+            self._driver.accept_loss()
+
+    def trim_to(self, position: int, *, is_forced: bool = False) -> int:
+        """Have the log before `position` given up on all members, in whole segments; returns up to where. Forced, also
+        what delayed messages still need. Raises NotLeader, or LedgerError with the reason.
+        """
+        return self._leading().trim_to(position, is_forced=is_forced)
+
+    def delete_expired(self) -> None:
+        """Trim now what is older than the retention, whatever the hour. Raises NotLeader."""
+        self._leading().delete_expired()
+
+    def _leading(self) -> Driver:
+        driver = self._driver
+        if driver is None or driver.role is not Role.LEADER:
+            raise NotLeader(self.leader_id)
+        return driver
+
+    async def _outcome(
+        self, ask: Callable[[Callable[[str | None], None]], object], seconds: float | None
+    ) -> str | None:
+        """What the driver tells about a request; LATE when it takes longer than `seconds`."""
+        told = trio.Event()
+        outcome: list[str | None] = []
+
+        def note(reason: str | None) -> None:
+            outcome.append(reason)
+            told.set()
+
+        ask(note)
+        if seconds is None:
+            await told.wait()
+        else:
+            with self._env.clock.move_on_after(seconds):
+                await told.wait()
+        return outcome[0] if outcome else LATE
+
     async def stop_gracefully(self) -> None:
         """Final sync, clean-stop mark, and `run` returns. Does not transfer leadership. Checkpoint."""
         self._is_stopping = True
+        self._stop_wanted.set()
         if self._driver is not None:
             self._driver.stop()
         await self._stopped.wait()
@@ -378,10 +683,14 @@ class RaftGroup:
 
         Replaces the previous one atomically. Waits for the disk, so call it in a thread (`env.run_in_thread`).
         """
-        write_checkpoint(self._env.files, self.config.data_dir, index, blob)
         driver = self._driver
-        if driver is not None:
-            driver.checkpoint_saved(index)
+        if driver is None:
+            return  # the log is not this one any more
+        known = driver.core.configs.above(-1)
+        at, members = next((config for config in reversed(known) if config[0] <= index), known[0])
+        config = encode_members(members) if at else b""
+        write_checkpoint(self._env.files, self.config.data_dir, index, blob, config=config, config_index=at)
+        driver.checkpoint_saved(index)
 
 
 def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException | None:

@@ -124,7 +124,10 @@ class GroupStatistics:
     connected: Mapping[str, bool] = field(factory=dict)
     waiting_records: int = 0
     state: str = "serving"
-    """What the group is at: "serving", "repairing" or "installing"."""
+    """What the group is at: "recovering" the log from the disk, "repairing" it from the peers, "installing" their
+    segments, or "serving"."""
+    waits_for: str = ""
+    """What keeps a repair or an installation from ending, in words."""
     members: tuple[str, ...] = ()
     """Voters, by the members in force."""
     learners: tuple[str, ...] = ()

@@ -1,0 +1,424 @@
+"""Parts of one node's log for another one: entries to repair damage with, and whole segments for a node far behind.
+
+A question (`Fetch`) goes out on the connection the asking node dialled, the answer (`Fetched`, in pieces of at most
+256 KiB) comes back on it behind everything else, so that heartbeats never wait for bulk. `FetchServer` answers, at a
+bounded rate, from a `LogSource`; `FetchClient` asks. Nothing but what is verified leaves, and the asking side verifies
+every entry and its chain again before it builds on it.
+
+An entry that the answering node does not have is a definite no (ABSENT) only where nothing of its own log can have been
+forgotten: a node that is recovering, blank or damaged there says UNSURE or DAMAGED instead.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+from zlib import crc32
+
+import cbor2
+import trio
+from attrs import define, frozen
+
+from dledger.errors import LogDamaged
+from dledger.feed import read_entries
+from dledger.peers import BULK_PIECE_BYTES_MAX, Link, Peers
+from dledger.store.base import BaseRecord
+from dledger.store.checkpoint import pack_checkpoint, read_checkpoint
+from dledger.store.faults import FaultyRange
+from dledger.store.log_store import LogStore
+from dledger.store.manifest import Manifest, SegmentInfo
+from dledger.wire import NUMBER_MAX, Fetch, Fetched, FetchKind, FetchStatus
+from runtime.model import Env
+
+ENTRIES_BYTES_MAX = 1024 * 1024
+"""What one answer brings of a range of entries; a single entry may be larger."""
+CHUNK_BYTES_MAX = 1024 * 1024
+ANSWER_BYTES_MAX = 8 * 1024 * 1024
+"""No answer is larger: one entry of the largest size, or the manifest of a log of some 100,000 segments."""
+PER_PEER_MAX = 4
+"""Questions of one peer that may wait for their answers."""
+SILENT_SECONDS_MAX = 10.0
+"""An answer whose next piece takes longer will not come."""
+LEASE_SECONDS = 600.0
+"""How long segments are kept for a peer that stopped asking in the middle of a transfer (raft.md 4.7)."""
+MANIFEST_FORMAT = 1
+
+
+@frozen
+class Answer:
+    """How a question ended, and what it brought."""
+
+    status: FetchStatus
+    data: bytes = b""
+    total: int = 0
+    identity: int = 0
+    reason: str = ""
+
+    @property
+    def is_ok(self) -> bool:
+        return self.status is FetchStatus.OK
+
+
+class Source(Protocol):
+    """What a node can give."""
+
+    async def answer(self, fetch: Fetch) -> Answer:
+        """Checkpoint. Raises LogDamaged when the log turns out to be damaged there."""
+
+
+class LogSource:
+    """An open log as a source. Of entries behind `committed()` it gives entries, but no segments."""
+
+    def __init__(
+        self,
+        env: Env,
+        folder: str,
+        segment_bytes: int,
+        store: LogStore,
+        *,
+        committed: Callable[[], int],
+        is_sure: Callable[[], bool],
+        faults: Sequence[FaultyRange] = (),
+    ) -> None:
+        """`is_sure`: whether this node has everything it ever acknowledged. With `faults` it gives only entries
+        outside of them."""
+        self._env = env
+        self._folder = folder
+        self._segment_bytes = segment_bytes
+        self._store = store
+        self._committed = committed
+        self._is_sure = is_sure
+        self._faults = faults
+        self._checkpoint = b""
+        """Content of the checkpoint while a peer fetches it."""
+
+    async def answer(self, fetch: Fetch) -> Answer:
+        if fetch.kind is FetchKind.ENTRIES:
+            return await self._entries(fetch.first, fetch.last, fetch.number)
+        if self._faults:
+            await trio.lowlevel.checkpoint()
+            return Answer(FetchStatus.DAMAGED, reason="this node repairs its own log first")
+        if fetch.kind is FetchKind.MANIFEST:
+            return await self._manifest()
+        if fetch.kind is FetchKind.CHUNK:
+            return await self._chunk(fetch.first, fetch.last, fetch.number)
+        return await self._checkpoint_piece(fetch.first, fetch.last, fetch.number)
+
+    async def _entries(self, first: int, last: int, prev_crc: int) -> Answer:
+        await trio.lowlevel.checkpoint()
+        store = self._store
+        for fault in self._faults:
+            if fault.first_index <= last and (fault.is_open or fault.last_index is None or first <= fault.last_index):
+                if first >= fault.first_index:
+                    return Answer(FetchStatus.DAMAGED, reason=f"damaged here too: {fault}")
+                last = fault.first_index - 1
+        if not 1 <= first <= last:
+            return Answer(FetchStatus.BUSY, reason=f"no such range: {first} to {last}")
+        if first < store.first_index:
+            return Answer(FetchStatus.GONE, reason=f"the log begins at entry {store.first_index}")
+        before = store.head_crc_at(first - 1)
+        if before is None or before != prev_crc or first > store.last_index:
+            status = FetchStatus.ABSENT if self._is_sure() else FetchStatus.UNSURE
+            if before is not None and before != prev_crc:
+                return Answer(status, reason=f"entry {first - 1} is another one here")
+            return Answer(status, reason=f"the log ends at entry {store.last_index}")
+        entries = await read_entries(store, self._segment_bytes, first, ENTRIES_BYTES_MAX)
+        frames: list[bytes] = []
+        size = 0
+        for entry in entries:
+            size += len(entry.frame)
+            if entry.index > last or (frames and size > ENTRIES_BYTES_MAX):
+                break
+            frames.append(entry.frame)
+        if not frames:
+            return Answer(FetchStatus.BUSY, reason=f"entry {first} is not on disk yet")
+        return Answer(FetchStatus.OK, b"".join(frames))
+
+    async def _manifest(self) -> Answer:
+        await trio.lowlevel.checkpoint()
+        manifest = committed_manifest(self._store, self._segment_bytes, self._committed())
+        if manifest is None:
+            return Answer(FetchStatus.BUSY, reason="nothing is committed yet")
+        return Answer(FetchStatus.OK, encode_manifest(manifest))
+
+    async def _chunk(self, base: int, offset: int, nbytes: int) -> Answer:
+        store = self._store
+        end = min(base + self._segment_bytes, store.end_of(self._committed()))
+        if base % self._segment_bytes or not 0 < nbytes <= CHUNK_BYTES_MAX or base + offset + nbytes > end:
+            await trio.lowlevel.checkpoint()
+            return Answer(FetchStatus.BUSY, reason=f"no such chunk: {nbytes} bytes at {base} + {offset}")
+        if base < store.first_position:
+            await trio.lowlevel.checkpoint()
+            return Answer(FetchStatus.GONE, reason=f"the log begins at position {store.first_position}")
+        data = await store.read_in_thread(base + offset, nbytes)
+        if data is None:
+            return Answer(FetchStatus.GONE, reason="trimmed meanwhile")
+        return Answer(FetchStatus.OK, data)
+
+    async def _checkpoint_piece(self, offset: int, nbytes: int, identity: int) -> Answer:
+        if offset == 0:
+            self._checkpoint = await self._env.run_in_thread(self._read_checkpoint)
+        else:
+            await trio.lowlevel.checkpoint()
+        content = self._checkpoint
+        if not content:
+            return Answer(FetchStatus.ABSENT if offset == 0 else FetchStatus.GONE, reason="there is no checkpoint")
+        found = crc32(content)
+        if offset and identity != found:
+            return Answer(FetchStatus.GONE, reason="there is a newer checkpoint")
+        piece = content[offset : offset + min(nbytes, CHUNK_BYTES_MAX)]
+        if offset + len(piece) >= len(content):
+            self._checkpoint = b""
+        return Answer(FetchStatus.OK, piece, total=len(content), identity=found)
+
+    def _read_checkpoint(self) -> bytes:
+        found = read_checkpoint(self._env.files, self._folder)
+        return pack_checkpoint(found) if found is not None else b""
+
+
+def committed_manifest(store: LogStore, segment_bytes: int, committed: int) -> Manifest | None:
+    """What a node far behind is to install: the closed segments, and of the next one what is committed.
+
+    The part of an open segment makes the log reach as far as any checkpoint does, also on an idle cluster. None where
+    nothing is committed.
+    """
+    manifest = store.manifest()
+    segments = [segment for segment in manifest.segments if segment.last_index <= committed]
+    next_index = segments[-1].last_index + 1 if segments else manifest.base.index + 1
+    if next_index <= committed:
+        position, crc = store.position_of(next_index), store.head_crc_at(committed)
+        if position is None or crc is None:
+            return None
+        base = position - position % segment_bytes
+        segments.append(SegmentInfo(base, next_index, committed, store.end_of(committed), crc))
+    return Manifest(manifest.base, manifest.segment_bytes, tuple(segments)) if segments else None
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """A manifest as an answer's bytes."""
+    base = manifest.base
+    segments = [
+        [each.base, each.first_index, each.last_index, each.end_position, each.last_crc] for each in manifest.segments
+    ]
+    head = [base.index, base.term, base.head_crc, base.position]
+    return cbor2.dumps([MANIFEST_FORMAT, manifest.segment_bytes, head, segments])
+
+
+def decode_manifest(data: bytes) -> Manifest:
+    """Raises ValueError for what no node would send."""
+    try:
+        fields = cbor2.loads(data)
+    except (cbor2.CBORDecodeError, ValueError, TypeError) as error:
+        raise ValueError(f"unreadable manifest: {error}") from error
+    if not isinstance(fields, list) or len(fields) != 4 or fields[0] != MANIFEST_FORMAT:
+        raise ValueError("a manifest of another format")
+    _, segment_bytes, head, rows = fields
+    if not isinstance(rows, list) or not rows or not _are_numbers([segment_bytes], 1) or not _are_numbers(head, 4):
+        raise ValueError("a manifest without segments")
+    if not all(_are_numbers(row, 5) for row in rows):
+        raise ValueError("a manifest with wrong fields")
+    manifest = Manifest(BaseRecord(*head), segment_bytes, tuple(SegmentInfo(*row) for row in rows))
+    index, position = manifest.base.index + 1, manifest.base.first_base(segment_bytes)
+    for segment in manifest.segments:
+        if segment.base != position or segment.first_index != index or segment.last_index < index:
+            raise ValueError(f"segment {segment.base} does not follow the one before it")
+        if not 0 < segment.used_bytes <= segment_bytes:
+            raise ValueError(f"segment {segment.base} holds {segment.used_bytes} bytes")
+        index, position = segment.last_index + 1, segment.base + segment_bytes
+    return manifest
+
+
+def _are_numbers(values: object, count: int) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(type(value) is int and 0 <= value <= NUMBER_MAX for value in values)
+    )
+
+
+class FetchServer:
+    """Answers the questions of peers, one after the other for each peer, all together at a bounded rate."""
+
+    def __init__(self, env: Env, source: Source, bytes_per_second: int) -> None:
+        self._env = env
+        self._source = source
+        self._monotonic = env.clock.monotonic
+        self._seconds_per_byte = 1.0 / bytes_per_second
+        self._paid_until = 0.0
+        self._waiting: dict[str, deque[tuple[Link, Fetch]]] = {}
+        self._wake: dict[str, trio.Event] = {}
+        self._new_peers: list[str] = []
+        self._new_peer = trio.Event()
+        self._leases: dict[str, tuple[float, int]] = {}
+        self.on_damage: Callable[[LogDamaged], None] | None = None
+        """Told when an answer finds damage in this node's own log."""
+        self.bytes_sent = 0
+
+    async def run(self) -> None:
+        """For ever. Checkpoint."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                await self._new_peer.wait()
+                self._new_peer = trio.Event()
+                while self._new_peers:
+                    nursery.start_soon(self._serve, self._new_peers.pop())
+
+    def submit(self, link: Link, fetch: Fetch) -> None:
+        """A peer asks."""
+        peer = link.peer
+        waiting = self._waiting.get(peer)
+        if waiting is None:
+            waiting = self._waiting[peer] = deque()
+            self._wake[peer] = trio.Event()
+            self._new_peers.append(peer)
+            self._new_peer.set()
+        while waiting and waiting[0][0].is_closed:
+            waiting.popleft()
+        if len(waiting) >= PER_PEER_MAX:
+            link.close()  # no correct peer asks for more at once
+            return
+        waiting.append((link, fetch))
+        self._wake[peer].set()
+
+    def leased_position(self) -> int | None:
+        """Segments from this byte of the log on are needed by a transfer under way; None where there is none."""
+        now = self._monotonic()
+        for peer, (until, _) in list(self._leases.items()):
+            if until < now:
+                del self._leases[peer]
+        return min([position for _, position in self._leases.values()], default=None)
+
+    async def _serve(self, peer: str) -> None:
+        waiting = self._waiting[peer]
+        while True:
+            await self._wake[peer].wait()
+            self._wake[peer] = trio.Event()
+            while waiting:
+                link, fetch = waiting[0]
+                if not link.is_closed:
+                    await self._answer(link, fetch)
+                waiting.popleft()
+
+    async def _answer(self, link: Link, fetch: Fetch) -> None:
+        try:
+            answer = await self._source.answer(fetch)
+        except LogDamaged as error:
+            answer = Answer(FetchStatus.DAMAGED, reason=str(error))
+            if self.on_damage is not None:
+                self.on_damage(error)
+        if answer.is_ok and fetch.kind is FetchKind.MANIFEST:
+            first = decode_manifest(answer.data).segments[0].base
+            self._leases[link.peer] = (self._monotonic() + LEASE_SECONDS, first)
+        elif fetch.kind is FetchKind.CHUNK and link.peer in self._leases:
+            self._leases[link.peer] = (self._monotonic() + LEASE_SECONDS, self._leases[link.peer][1])
+        data = memoryview(answer.data)
+        offset = 0
+        while True:
+            piece = data[offset : offset + BULK_PIECE_BYTES_MAX]
+            offset += len(piece)
+            await self._pay(len(piece))
+            fetched = Fetched(
+                fetch.id,
+                answer.status,
+                offset < len(data),
+                crc32(piece),
+                answer.total,
+                answer.identity,
+                answer.reason[:500],
+            )
+            if not await link.send_fetched(fetched, piece) or offset >= len(data):
+                self.bytes_sent += offset
+                return
+
+    async def _pay(self, nbytes: int) -> None:
+        """Wait until so many bytes may go."""
+        now = self._monotonic()
+        if self._paid_until > now:
+            await self._env.clock.sleep_until(self._paid_until)
+            now = self._monotonic()
+        self._paid_until = max(now, self._paid_until) + nbytes * self._seconds_per_byte
+
+
+@define
+class _Pending:
+    """A question whose answer is coming in."""
+
+    parts: list[bytes]
+    news: trio.Event
+    nbytes: int = 0
+    answer: Answer | None = None
+
+
+class FetchClient:
+    """Asks peers for parts of their logs."""
+
+    def __init__(self, env: Env) -> None:
+        self._env = env
+        self._pending: dict[tuple[str, int], _Pending] = {}
+        self._last_id = 0
+        self.peers: Peers | None = None
+        """Set once the connections exist."""
+        self.bytes_received = 0
+
+    def sources(self) -> list[str]:
+        """Peers that can be asked now."""
+        return self.peers.fetchable() if self.peers is not None else []
+
+    async def ask(self, peer: str, kind: FetchKind, first: int = 0, last: int = 0, number: int = 0) -> Answer:
+        """One question; the status is BUSY where there is no answer. Checkpoint, cancel-safe."""
+        await trio.lowlevel.checkpoint()
+        self._last_id += 1
+        key = (peer, self._last_id)
+        pending = self._pending[key] = _Pending([], trio.Event())
+        try:
+            if self.peers is None or not self.peers.send_fetch(peer, Fetch(key[1], kind, first, last, number)):
+                return Answer(FetchStatus.BUSY, reason="not connected")
+            while pending.answer is None:
+                with self._env.clock.move_on_after(SILENT_SECONDS_MAX) as scope:
+                    await pending.news.wait()
+                if scope.cancelled_caught:
+                    return Answer(FetchStatus.BUSY, reason="no answer")
+                pending.news = trio.Event()
+            return pending.answer
+        finally:
+            del self._pending[key]
+
+    def receive(self, peer: str, fetched: Fetched, raw: bytes) -> None:
+        """A piece of an answer. One that nobody waits for any more is dropped."""
+        pending = self._pending.get((peer, fetched.id))
+        if pending is None or pending.answer is not None:
+            return
+        pending.parts.append(raw)
+        pending.nbytes += len(raw)
+        self.bytes_received += len(raw)
+        if pending.nbytes > ANSWER_BYTES_MAX:
+            pending.answer = Answer(FetchStatus.BUSY, reason="an answer over the limit")
+        elif not fetched.more:
+            data = b"".join(pending.parts)
+            pending.answer = Answer(fetched.status, data, fetched.total, fetched.identity, fetched.reason)
+        pending.news.set()
+
+    def lost(self, peer: str) -> None:
+        """The connection has gone, and every answer with it."""
+        for (asked, _), pending in self._pending.items():
+            if asked == peer and pending.answer is None:
+                pending.answer = Answer(FetchStatus.BUSY, reason="the connection was lost")
+                pending.news.set()
+
+
+class Exchange:
+    """Both sides, as the connections see them (`dledger.peers.Fetching`)."""
+
+    def __init__(self, server: FetchServer, client: FetchClient) -> None:
+        self.server = server
+        self.client = client
+
+    def on_fetch(self, link: Link, fetch: Fetch) -> None:
+        self.server.submit(link, fetch)
+
+    def on_fetched(self, peer: str, fetched: Fetched, raw: bytes) -> None:
+        self.client.receive(peer, fetched, raw)
+
+    def on_unreachable(self, peer: str) -> None:
+        self.client.lost(peer)
