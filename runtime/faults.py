@@ -91,9 +91,10 @@ class Faults:
     """Syncs of files do."""
     free_bytes: int | None = None
     """So much room is left from the moment this number is first seen: files may grow by as much, then ENOSPC. Removals
-    give back. `free_space` tells the rest. A greater number, or none, is the relief."""
+    give back. A greater number, or none, is the relief."""
     total_bytes: int | None = None
-    """Size of the file system that `free_space` tells."""
+    """Size of the file system: with it `free_space` tells that size and the room left; without it, as under a quota,
+    nothing is seen from there."""
 
 
 @frozen
@@ -226,9 +227,12 @@ class _Folder:
                 raise _os_error("ENOSPC", path)
             self._free -= nbytes
 
-    def room(self) -> tuple[int | None, int | None]:
-        """(free, total) as far as they are made up."""
-        return (self._free if self.faults.free_bytes is not None else None), self._faults.total_bytes
+    def space(self, free: int, total: int) -> tuple[int, int]:
+        """(free, total) in bytes, made up or as they are."""
+        faults = self.faults
+        if faults.total_bytes is None:
+            return free, total
+        return min(self._free if self._free is not None else free, faults.total_bytes), faults.total_bytes
 
     def page_written_back(self, start: int, end: int) -> tuple[int, int] | None:
         """The range of a write that reaches the disk at once, if any does."""
@@ -654,12 +658,9 @@ class FaultyFiles(RealFiles):
     def free_space(self, path: str) -> tuple[int, int]:
         """As `RealFiles.free_space`, or what the plan says."""
         folder = self._folder(path)
-        free, total = super().free_space(path if folder is None else folder.path)
-        if folder is not None:
-            faked_free, faked_total = folder.room()
-            total = faked_total if faked_total is not None else total
-            free = min(total, faked_free if faked_free is not None else free)
-        return free, total
+        if folder is None:
+            return super().free_space(path)
+        return folder.space(*super().free_space(folder.path))
 
     def lock(self, path: str) -> AbstractContextManager[None]:
         """As `RealFiles.lock`. Lock files themselves know no faults."""
