@@ -1046,6 +1046,8 @@ class Raft:
                 progress.next_index = agreed + 1
         elif not can_agree or agreed + 1 < self.log.first_index:
             self._offer_segments(progress, PeerCause.BELOW_FIRST)
+        elif is_far_behind(self.log, agreed, self.position_end, self.config):
+            self._offer_segments(progress, PeerCause.FAR_BEHIND)
         else:
             progress.change(PeerCause.REJECTED)
             progress.next_index = agreed + 1

@@ -288,5 +288,13 @@ class Group:
         self[name].step(PeerLost(self.now, lost, hard))
         self[name].end_turn()
 
+    def history_of(self, name: str) -> list[Packet]:
+        """All that this node ever sent."""
+        return [
+            (name, effect.peer, effect.message)
+            for who, effect in self.history
+            if who == name and isinstance(effect, fx.Send)
+        ]
+
     def leaders(self) -> list[str]:
         return [name for name in self.names if self.raft(name).role is Role.LEADER]
