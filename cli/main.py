@@ -18,6 +18,7 @@ VERBS = {
     "consume": ("cli.consume:consume", "Receive messages of a topic."),
     "bench": ("cli.bench:bench", "Measure how fast a cluster takes messages."),
     "topic": ("cli.topic:topic", "List, create, delete and inspect topics."),
+    "raft": ("cli.raft:raft", "Raft groups: members, leadership, recovery."),
     "log": ("cli.log:log", "Look at a stopped node's log: dump, verify, stats."),
     "chaos": ("chaos.commands:chaos_group", "Search for faults: seeded simulation."),
     "version": ("cli.basics:version", "Print the version."),
@@ -27,6 +28,7 @@ VERBS = {
 SECTIONS = (
     ("A cluster on this machine", ("up", "down", "ps", "status", "kill", "restart")),
     ("Messages", ("produce", "consume", "bench", "topic")),
+    ("Raft groups", ("raft",)),
     ("A node in production", ("serve", "log")),
     ("Faults", ("chaos",)),
     ("About", ("version", "completion")),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from quorate.client import inflate
 from quorate.errors import NoRoute, RequestRefused, Unavailable
+from quorate.raft_admin import RaftAdmin
 from quorate.route_cache import TopicRoute
 from remoting.bodies import (
     ClusterInfo,
@@ -45,6 +46,11 @@ class Admin:
 
     def __init__(self, client: Client) -> None:
         self._client = client
+
+    @property
+    def raft(self) -> RaftAdmin:
+        """Raft groups: members, leadership, backups."""
+        return RaftAdmin(self)
 
     # ------------------------------------------------------------------------------------------------------- cluster
 
