@@ -171,7 +171,7 @@ def test_4_8_commit_news_finds_a_lost_message_even_before_that() -> None:
     assert group.raft("n1").commit_index == 2
 
 
-def test_5_3_the_last_message_of_a_burst_needs_no_timer() -> None:
+def test_scenario_27_the_last_message_of_a_burst_needs_no_timer() -> None:
     """dledger#199: it waited 38 s for its acknowledgement."""
     group = Group()
     group.elect("n0")
@@ -206,7 +206,7 @@ def test_5_4_2_proposals_before_the_no_op_are_refused() -> None:
     assert isinstance(refused, fx.Refused) and "no-op" in refused.reason
 
 
-def test_5_4_2_figure_8_entries_of_older_terms_are_not_committed_by_counting() -> None:
+def test_scenario_01_figure_8_entries_of_older_terms_are_not_committed_by_counting() -> None:
     """S1 leads term 4 and has copied entry 2 of term 2 to a majority; only its own no-op may commit it."""
     old = make_log(1, 2)
     group = Group(
