@@ -150,6 +150,8 @@ class BrokerState:
         self.last_store_ms = 0
         """Store time of the newest staged record; the next one is not earlier."""
         self.term = 0
+        self._entry_term = 0
+        """Term of the entry being applied. Tables follow from the log alone, not from what this node has heard."""
         self.ready = False
         self._covered_index = 0
         self._rebuilding: list[list[Any]] | None = None
@@ -526,6 +528,7 @@ class BrokerState:
             self.index.extend(staged.hashes, staged.positions, staged.store_ms)
         self.put_messages += staged.count
         if staged.ops:
+            self._entry_term = term
             self._apply_ops(staged)
         if staged.waiters:
             self.answers.answer_all(staged.waiters, self._touched)
@@ -659,7 +662,7 @@ class BrokerState:
         self._topic_touched(name)
 
     def _topics_changed(self, name: str, wall_ms: int) -> None:
-        self.topics.changed(wall_ms, self.term)
+        self.topics.changed(wall_ms, self._entry_term)
         self._topic_touched(name)
         for listener in self.on_topics_changed:
             listener([name])
@@ -689,7 +692,7 @@ class BrokerState:
         self.groups.discard(name)
 
     def _groups_changed(self, name: str, wall_ms: int) -> None:
-        self.groups.changed(wall_ms, self.term)
+        self.groups.changed(wall_ms, self._entry_term)
         for listener in self.on_groups_changed:
             listener([name])
 

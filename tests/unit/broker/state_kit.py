@@ -238,9 +238,8 @@ def tables_of(state: BrokerState) -> dict[str, Any]:
     }
     index = state.index.snapshot()
     return {
-        "topics": state.topics.snapshot()["topics"],
-        "topic_counter": state.topics.data_version.counter,
-        "groups": state.groups.snapshot()["groups"],
+        "topics": state.topics.snapshot(),
+        "groups": state.groups.snapshot(),
         "offsets": state.offsets.snapshot(),
         "locks": state.locks.snapshot(),
         "delay": state.delay.snapshot(),
