@@ -183,8 +183,10 @@ class Nemesis:
         self._note(f"connections of {name} are reset")
         self._world.counts["resets"] += 1
         for each in list(self._network.streams):
-            if host in (each.local[0], each.peer[0]) and self._rng.random() < 0.7:
+            if each.local[0] == host and self._rng.random() < 0.7:
                 each.reset()
+                if each.other is not None:
+                    each.other.reset()
 
     # Disks
 

@@ -9,7 +9,7 @@ from attrs import frozen
 from chaos.sim.chance import stream
 
 SECONDS_OF_FAULTS: Final = 20.0
-SECONDS_TO_SETTLE: Final = 30.0
+SECONDS_TO_SETTLE: Final = 60.0
 """After the last fault, everything must be level again within this time, without a new proposal (raft.md 6.1, 14)."""
 
 Kind = Literal["groups", "cluster"]

@@ -7,6 +7,7 @@ import gc
 from attrs import asdict, frozen
 
 from chaos.sim.full.clock import VirtualTime, run_virtually
+from chaos.sim.full.cluster import ClusterSubject
 from chaos.sim.full.groups import GroupsSubject
 from chaos.sim.full.plan import FullPlan, draw_plan
 from chaos.sim.full.world import World
@@ -59,12 +60,12 @@ def run_seed(seed: int, *, keep_trace: bool = False, plan: FullPlan | None = Non
     """
     plan = plan or draw_plan(seed)
     world: World | None = None
-    subject: GroupsSubject | None = None
+    subject: GroupsSubject | ClusterSubject | None = None
 
     async def main(time: VirtualTime) -> None:
         nonlocal world, subject
         world = World(plan, time, keep_trace=keep_trace)
-        subject = GroupsSubject(world)
+        subject = GroupsSubject(world) if plan.kind == "groups" else ClusterSubject(world)
         await world.run(subject)
 
     def spins() -> None:
