@@ -27,10 +27,11 @@ from dledger.core.types import HEADER_BYTES, HardState, Role
 from dledger.driver import APPLY_SECONDS_MAX, Driver, Replay
 from dledger.errors import CoreStopped, FormatError, LedgerError, LogDamaged, NotLeader, Overloaded, Reopen, TooLarge
 from dledger.fetch import Exchange, FetchClient, FetchServer, LogSource
+from dledger.install import Installer, Pulled, complete_install, finish_install
 from dledger.machine import EntryView, GroupStatistics, StateMachine
 from dledger.open_batch import OpenBatch
 from dledger.peers import Peers
-from dledger.repair import Deaf, RepairPhase
+from dledger.repair import Deaf, Mended, RepairPhase
 from dledger.store.checkpoint import Checkpoint, drop_checkpoints, read_checkpoint, write_checkpoint
 from dledger.store.faults import EntryDamaged, refuse_faults
 from dledger.store.format import FORMAT_FILE, LOG_FOLDER, ROWS_FOLDER, Format, check_format, read_format, write_format
@@ -93,6 +94,8 @@ class RaftGroup:
         self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         """Over all runs of this process."""
         self._phase: RepairPhase | None = None
+        self._installer: Installer | None = None
+        self._pulled: Pulled | None = None
         self._last_index = 0
         self._needed = 0
         self._need = trio.Event()
@@ -155,6 +158,7 @@ class RaftGroup:
             self.state = "recovering"
             self.counters["reopened"] += 1
             self._log.warning("opening the log anew", reason=reason)
+            await self._finish_install()
             if clock.monotonic() - began > REOPEN_SECONDS_MAX:
                 pause = REOPEN_SECONDS_MIN
             else:  # what was mended is damaged again at once: do not wear the disk out
@@ -164,6 +168,7 @@ class RaftGroup:
     async def _run_once(self, meta: MetaFile, identity: Format, task_status: trio.TaskStatus[None]) -> None:
         """From the disk to the end of serving. Raises Reopen where it is to begin again."""
         env, folder = self._env, self.config.data_dir
+        await env.run_in_thread(complete_install, env.files, folder)
         options = StoreOptions(
             warm=self.config.warm,
             mlock=self.config.mlock,
@@ -286,6 +291,12 @@ class RaftGroup:
                 nursery.start_soon(self._stop_phase, nursery.cancel_scope)
                 verdict = await phase.run()
                 reason = verdict.value
+                if verdict is Mended.INSTALL:
+                    self.state = "installing"
+                    # What the segments do not hold, this node may have acknowledged.
+                    await meta.save_recovering(True)
+                    installer = self._installer = Installer(env, folder, identity.segment_bytes, client, self._log)
+                    self._pulled = await installer.pull(lambda: 1, lambda: True)
                 nursery.cancel_scope.cancel()
         finally:
             self._phase = None
@@ -296,6 +307,21 @@ class RaftGroup:
             self._last_index = 0  # it is damaged, and the node recovering: what peers have committed counts for more
         if reason:
             raise Reopen(reason)
+
+    async def _finish_install(self) -> None:
+        """Put pulled segments in place of the log. The run has ended, so nothing is acknowledged meanwhile."""
+        pulled, self._pulled = self._pulled, None
+        if pulled is None or self._last_index > pulled.last_index:
+            return  # ordinary replication was faster in the end
+        env, folder = self._env, self.config.data_dir
+        self.state = "installing"
+        try:
+            await finish_install(env, folder, pulled)
+        except LogDamaged as error:
+            self._log.error("fetched segments do not fit together; fetching them again", error=str(error))
+            return
+        self.counters["installs"] += 1
+        self._log.info("segments installed", last_index=pulled.last_index, former_last_index=self._last_index)
 
     def _may_have_forgotten(self, meta: MetaFile) -> bool:
         """Whether a power loss may have taken what this node acknowledged: async flush, and the machine rebooted."""
@@ -310,6 +336,9 @@ class RaftGroup:
         try:
             if checkpoint is not None and checkpoint.config:
                 known.append((checkpoint.config_index, decode_members(checkpoint.config)))
+            covered = max(checkpoint.index, checkpoint.config_index) if checkpoint is not None else 0
+            for index, body in store.config_entries(covered):
+                known.append((index, decode_members(body)))
         except ValueError as error:
             raise FormatError(f"a list of members in {config.data_dir} cannot be read: {error}") from error
         return known
@@ -387,6 +416,7 @@ class RaftGroup:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(driver.peers.run, listener)
                 nursery.start_soon(server.run)
+                nursery.start_soon(self._keep_filled, driver, client, identity.segment_bytes)
                 if self._is_stopping:
                     driver.stop()
                 if not self._is_started:
@@ -411,6 +441,23 @@ class RaftGroup:
         """The core's: only whole segments can bring this node to `first_index`."""
         self._needed = first_index
         self._need.set()
+
+    async def _keep_filled(self, driver: Driver, client: FetchClient, segment_bytes: int) -> None:
+        """Pull segments whenever the leader offers them, beside whatever else happens; then have the log opened anew.
+        One leader's offer is as good as another's: a transfer under way goes on."""
+        store = driver.store
+        while True:
+            await self._need.wait()
+            self._need = trio.Event()
+            self.state = "installing"
+            installer = self._installer = Installer(self._env, self.config.data_dir, segment_bytes, client, self._log)
+            pulled = await installer.pull(lambda: self._needed - 1, lambda: store.last_index + 1 < self._needed)
+            self._installer = None
+            self.state = "serving"
+            if pulled is not None and store.last_index < pulled.last_index:
+                self._pulled = pulled
+                driver.reopen("segments fetched")
+                return
 
     async def _replay(
         self, store: LogStore, commit_hint: int, segment_bytes: int
@@ -504,7 +551,9 @@ class RaftGroup:
     @property
     def _waits_for(self) -> str:
         """What keeps a repair or a transfer from ending, for an operator; empty where nothing does."""
-        return self._phase.waits_for if self._phase is not None else ""
+        if self._phase is not None:
+            return self._phase.waits_for
+        return self._installer.waits_for if self._installer is not None else ""
 
     # The open batch: leader only, between two awaits. `reserve` and `add_record`, called once per message, are the
     # batch's own methods (see __init__).
