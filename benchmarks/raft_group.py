@@ -20,62 +20,11 @@ from typing import Any
 
 import trio
 
+from benchmarks.counting import CountingMachine
 from dledger.config import GroupConfig
-from dledger.core.types import Role
-from dledger.group import EntryView, RaftGroup
+from dledger.group import RaftGroup
 from runtime.logs import get_logger
 from runtime.real import real_env
-
-
-class CountingMachine:
-    """Counts records; the leader's batches carry a list of callables to call when they are applied."""
-
-    def __init__(self) -> None:
-        self.applied = 0
-        self.entries = 0
-
-    def stage(self, entry: EntryView) -> Any:
-        return (entry.count, None)
-
-    def apply(self, index: int, term: int, staged: Any) -> None:
-        count, waiter = staged
-        self.applied += count
-        self.entries += 1
-        if waiter is not None:
-            waiter(count)
-
-    def discard(self, staged: Any) -> None:
-        raise RuntimeError("discarded in a benchmark")
-
-    def orphan(self, staged: Any) -> None:
-        raise RuntimeError("orphaned in a benchmark")
-
-    def role_changed(self, role: Role, term: int, leader_id: str | None, ready: bool) -> None:
-        return
-
-    def app_message(self, peer_id: str, payload: bytes) -> None:
-        return
-
-    def turn_done(self) -> None:
-        return
-
-    def restore(self, checkpoint: bytes | None, *, first_index: int, first_position: int) -> int:
-        return 0
-
-    def stopped(self) -> None:
-        return
-
-    def trim(self, first_position: int) -> None:
-        return
-
-    def trim_floor(self) -> int:
-        return 0
-
-    def store_time_ms(self, entry: EntryView) -> int | None:
-        return None
-
-    def checkpoint_soon(self) -> None:
-        return
 
 
 class FollowingMachine(CountingMachine):
