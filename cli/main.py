@@ -19,6 +19,8 @@ VERBS = {
     "bench": ("cli.bench:bench", "Measure how fast a cluster takes messages."),
     "topic": ("cli.topic:topic", "List, create, delete and inspect topics."),
     "raft": ("cli.raft:raft", "Raft groups: members, leadership, recovery."),
+    "backup": ("cli.backup:backup", "Copy a running raft group's log and tables into a folder."),
+    "restore": ("cli.backup:restore", "Make the data folders of a new raft group from a backup."),
     "log": ("cli.log:log", "Look at a stopped node's log: dump, verify, stats."),
     "chaos": ("chaos.commands:chaos_group", "Search for faults: seeded simulation."),
     "version": ("cli.basics:version", "Print the version."),
@@ -28,7 +30,7 @@ VERBS = {
 SECTIONS = (
     ("A cluster on this machine", ("up", "down", "ps", "status", "kill", "restart")),
     ("Messages", ("produce", "consume", "bench", "topic")),
-    ("Raft groups", ("raft",)),
+    ("Raft groups", ("raft", "backup", "restore")),
     ("A node in production", ("serve", "log")),
     ("Faults", ("chaos",)),
     ("About", ("version", "completion")),

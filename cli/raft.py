@@ -50,7 +50,9 @@ def raft() -> None:
 
 
 @frozen
-class _Cluster:
+class ReachedCluster:
+    """The raft groups that a verb found, and a client to talk to them."""
+
     client: quorate.Client
     groups: list[GroupView]
     refresh: Callable[[], Awaitable[list[GroupView]]]
@@ -85,7 +87,8 @@ class _Cluster:
 
 
 @asynccontextmanager
-async def _reached(target: Target) -> AsyncIterator[_Cluster]:
+async def reached(target: Target) -> AsyncIterator[ReachedCluster]:
+    """Ask the nodes of all raft groups what they know. Raises Failure or QuorateError."""
     import quorate
     from cluster.raft_groups import known_addresses, view_groups
 
@@ -97,7 +100,7 @@ async def _reached(target: Target) -> AsyncIterator[_Cluster]:
         async def look() -> list[GroupView]:
             return await view_groups(env, client, await known_addresses(client, configured))
 
-        yield _Cluster(client, await look(), look)
+        yield ReachedCluster(client, await look(), look)
 
 
 def _configured(files: Any, data_path: str | None, config_path: str | None) -> Mapping[str, list[str]]:
@@ -125,7 +128,7 @@ def list_groups(namesrv: str | None, data_path: str | None, config_path: str | N
 
 
 async def _list(target: Target, as_json: bool) -> None:
-    async with _reached(target) as cluster:
+    async with reached(target) as cluster:
         rows = [_group_row(group) for group in cluster.groups]
     if as_json:
         print_json(rows)
@@ -181,7 +184,7 @@ def describe(
 
 
 async def _describe(name: str | None, target: Target, as_json: bool) -> None:
-    async with _reached(target) as cluster:
+    async with reached(target) as cluster:
         if name is not None and name not in {group.name for group in cluster.groups}:
             _, node = cluster.node(name)
             assert node.said is not None
@@ -251,10 +254,23 @@ def _print_node(said: Mapping[str, Any]) -> None:
             if key == "histograms":
                 _print_histograms(value)
                 continue
-            value = ", ".join(f"{name} {each}" for name, each in value.items()) or "-"
+            value = ", ".join(f"{name} {_plain(each)}" for name, each in value.items()) or "-"
         elif isinstance(value, list):
-            value = " ".join(map(str, value)) or "-"
-        click.echo(f"{key.replace('_', ' '):22}{value}")
+            value = " ".join(map(_plain, value)) or "-"
+        click.echo(f"{key.replace('_', ' '):22}{_plain(value)}")
+
+
+def _plain(value: Any) -> str:
+    """A share, an address, or what it is."""
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, list):
+        return ":".join(map(str, value))
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
 
 
 def _print_histograms(histograms: Mapping[str, Any]) -> None:
@@ -285,7 +301,7 @@ def transfer_leadership(
 
 
 async def _transfer(group_name: str | None, to: str | None, target: Target, as_json: bool) -> None:
-    async with _reached(target) as cluster:
+    async with reached(target) as cluster:
         group = cluster.group(group_name)
         former = _leader_of(group)
         leader = await cluster.client.admin.raft.transfer_leadership(former.address, to)
@@ -336,7 +352,7 @@ def add_node(
 
 
 async def _add_node(name: str, peer: str, stays_learner: bool, wait_s: float, target: Target, as_json: bool) -> None:
-    async with _reached(target) as cluster:
+    async with reached(target) as cluster:
         group, node = cluster.split(name)
         leader = _leader_of(group)
         assert leader.said is not None
@@ -357,11 +373,11 @@ async def _add_node(name: str, peer: str, stays_learner: bool, wait_s: float, ta
         )
 
 
-async def _look_again(cluster: _Cluster, group_name: str) -> GroupView:
+async def _look_again(cluster: ReachedCluster, group_name: str) -> GroupView:
     return next(group for group in await cluster.refresh() if group.name == group_name)
 
 
-async def _wait_level(cluster: _Cluster, group_name: str, node: str, wait_s: float, as_json: bool) -> None:
+async def _wait_level(cluster: ReachedCluster, group_name: str, node: str, wait_s: float, as_json: bool) -> None:
     """Until the leader says that the learner is near its end. Raises Failure (4)."""
     clock = real_env().clock
     deadline = clock.monotonic() + wait_s
@@ -403,7 +419,7 @@ def remove_node(
 
 
 async def _remove_node(name: str, yes: bool, target: Target, as_json: bool) -> None:
-    async with _reached(target) as cluster:
+    async with reached(target) as cluster:
         group, node = cluster.split(name)
         leader = _leader_of(group)
         assert leader.said is not None
@@ -455,7 +471,7 @@ def recover(
 
 
 async def _recover(name: str, is_accepted: bool, target: Target, as_json: bool) -> None:
-    async with _reached(target) as cluster:
+    async with reached(target) as cluster:
         group, node = cluster.node(name)
         said = node.said
         assert said is not None

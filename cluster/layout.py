@@ -86,11 +86,14 @@ class ClusterIdentity:
 
     def formatted(self) -> ClusterIdentity:
         """All groups of the configuration in force are formatted now."""
-        groups = {
-            name: attrs.evolve(group, is_formatted=group.is_formatted or name in {g.name for g in self.config.groups})
-            for name, group in self.groups.items()
-        }
-        return attrs.evolve(self, groups=groups)
+        identity = self
+        for group in self.config.groups:
+            identity = identity.formatted_group(group.name)
+        return identity
+
+    def formatted_group(self, name: str) -> ClusterIdentity:
+        """One group is formatted now."""
+        return attrs.evolve(self, groups={**self.groups, name: attrs.evolve(self.groups[name], is_formatted=True)})
 
 
 @frozen(kw_only=True)
