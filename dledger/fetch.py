@@ -16,19 +16,18 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 from zlib import crc32
 
-import cbor2
 import trio
 from attrs import define, frozen
 
 from dledger.errors import LogDamaged
 from dledger.feed import read_entries
 from dledger.peers import BULK_PIECE_BYTES_MAX, Link, Peers
-from dledger.store.base import BaseRecord
 from dledger.store.checkpoint import pack_checkpoint, read_checkpoint
 from dledger.store.faults import FaultyRange
 from dledger.store.log_store import LogStore
 from dledger.store.manifest import Manifest, SegmentInfo
-from dledger.wire import NUMBER_MAX, Fetch, Fetched, FetchKind, FetchStatus
+from dledger.store.staging import decode_manifest, encode_manifest
+from dledger.wire import Fetch, Fetched, FetchKind, FetchStatus
 from runtime.model import Env
 
 ENTRIES_BYTES_MAX = 1024 * 1024
@@ -42,7 +41,6 @@ SILENT_SECONDS_MAX = 10.0
 """An answer whose next piece takes longer will not come."""
 LEASE_SECONDS = 600.0
 """How long segments are kept for a peer that stopped asking in the middle of a transfer (raft.md 4.7)."""
-MANIFEST_FORMAT = 1
 
 
 @frozen
@@ -151,7 +149,7 @@ class LogSource:
         if base < store.first_position:
             await trio.lowlevel.checkpoint()
             return Answer(FetchStatus.GONE, reason=f"the log begins at position {store.first_position}")
-        data = await store.read_in_thread(base + offset, nbytes)
+        data = await store.read_in_thread(base + offset, nbytes)  # verified, also where the segment is an old one
         if data is None:
             return Answer(FetchStatus.GONE, reason="trimmed meanwhile")
         return Answer(FetchStatus.OK, data)
@@ -193,48 +191,6 @@ def committed_manifest(store: LogStore, segment_bytes: int, committed: int) -> M
         base = position - position % segment_bytes
         segments.append(SegmentInfo(base, next_index, committed, store.end_of(committed), crc))
     return Manifest(manifest.base, manifest.segment_bytes, tuple(segments)) if segments else None
-
-
-def encode_manifest(manifest: Manifest) -> bytes:
-    """A manifest as an answer's bytes."""
-    base = manifest.base
-    segments = [
-        [each.base, each.first_index, each.last_index, each.end_position, each.last_crc] for each in manifest.segments
-    ]
-    head = [base.index, base.term, base.head_crc, base.position]
-    return cbor2.dumps([MANIFEST_FORMAT, manifest.segment_bytes, head, segments])
-
-
-def decode_manifest(data: bytes) -> Manifest:
-    """Raises ValueError for what no node would send."""
-    try:
-        fields = cbor2.loads(data)
-    except (cbor2.CBORDecodeError, ValueError, TypeError) as error:
-        raise ValueError(f"unreadable manifest: {error}") from error
-    if not isinstance(fields, list) or len(fields) != 4 or fields[0] != MANIFEST_FORMAT:
-        raise ValueError("a manifest of another format")
-    _, segment_bytes, head, rows = fields
-    if not isinstance(rows, list) or not rows or not _are_numbers([segment_bytes], 1) or not _are_numbers(head, 4):
-        raise ValueError("a manifest without segments")
-    if not all(_are_numbers(row, 5) for row in rows):
-        raise ValueError("a manifest with wrong fields")
-    manifest = Manifest(BaseRecord(*head), segment_bytes, tuple(SegmentInfo(*row) for row in rows))
-    index, position = manifest.base.index + 1, manifest.base.first_base(segment_bytes)
-    for segment in manifest.segments:
-        if segment.base != position or segment.first_index != index or segment.last_index < index:
-            raise ValueError(f"segment {segment.base} does not follow the one before it")
-        if not 0 < segment.used_bytes <= segment_bytes:
-            raise ValueError(f"segment {segment.base} holds {segment.used_bytes} bytes")
-        index, position = segment.last_index + 1, segment.base + segment_bytes
-    return manifest
-
-
-def _are_numbers(values: object, count: int) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) == count
-        and all(type(value) is int and 0 <= value <= NUMBER_MAX for value in values)
-    )
 
 
 class FetchServer:
