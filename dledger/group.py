@@ -422,8 +422,14 @@ class RaftGroup:
                 if not self._is_started:
                     self._is_started = True
                     task_status.started()
-                await driver.run()
+                reopen: Reopen | None = None
+                try:
+                    await driver.run()
+                except Reopen as error:
+                    reopen = error  # not through the nursery: a cancellation meanwhile would come out beside it
                 nursery.cancel_scope.cancel()
+            if reopen is not None:
+                raise reopen
         except LocalError as error:
             raise CoreStopped(str(error)) from error
         finally:
