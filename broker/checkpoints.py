@@ -111,9 +111,9 @@ class Checkpoints:
         blob = await run_in_thread(encode_checkpoint, tables)
         if state.runs != run:
             return
-        await run_in_thread(state.group.save_checkpoint, index, blob)
-        if state.runs != run:
-            return
+        is_saved = await run_in_thread(state.group.save_checkpoint, index, blob)
+        if not is_saved or state.runs != run:
+            return  # the group has stopped meanwhile: an older checkpoint counts, with the files it names
         self.saved_index = index
         state.dedup_files.keep_only(saved)
         state.index.remove(dropped)

@@ -55,6 +55,8 @@ class BrokerContext:
         """Where the leader is registered, as far as the name servers told this follower."""
         self.when_registered: Callable[[Callable[[], None]], None] = lambda callback: callback()
         """Calls back when the name servers know the topics of now; the node puts its registration here."""
+        self.on_thin_out: list[Callable[[], None]] = []
+        """Called each 10 s: whoever keeps something for somebody who may have gone."""
         self._dirty: dict[Any, None] = {}
         self._creating: dict[str, None] = {}
 
@@ -137,6 +139,8 @@ class BrokerContext:
 
     def thin_out(self) -> None:
         """Keep what only serves people's curiosity within bounds."""
+        for listener in self.on_thin_out:
+            listener()
         if len(self.pull_offsets) > PULL_OFFSETS_MAX:
             self.pull_offsets.clear()
 

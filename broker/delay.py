@@ -68,6 +68,9 @@ class DelayService:
         self._state = state
         self._look_ms = state.config.delay_look_ms
         self._again = trio.Event()
+        self._unread: int | None = None
+        """A due message that has to come from the disk."""
+        self._read: tuple[int, bytes | None] = (-1, None)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Look at every level each 100 ms, earlier when a unit is known to be due earlier. Never returns."""
@@ -79,6 +82,12 @@ class DelayService:
             if self._state.is_ready_leader:
                 for level in range(1, MAX_LEVEL + 1):
                     due = self._deliver(level, now)
+                    while self._unread is not None:
+                        unread, self._unread = self._unread, None
+                        self._read = (unread, await self._state.read_message_cold(unread))
+                        if self._read[1] is None and not self._is_gone(unread):
+                            break  # damaged, or the log is not served: it is due still
+                        due = self._deliver(level, now)
                     if due is not None and due < wake_at:
                         wake_at = due
             self._again = trio.Event()
@@ -106,7 +115,12 @@ class DelayService:
             if now < due <= latest:
                 next_due = due
                 break
-            target = self._target(physical_offset)
+            data = self._message(physical_offset)
+            if data is None and not self._is_gone(physical_offset):
+                if not due_records:
+                    self._unread = physical_offset
+                break
+            target = self._target(data) if data is not None else None
             if target is not None:
                 record, topic, _queue_id = target
                 nbytes = record_size(
@@ -142,11 +156,17 @@ class DelayService:
         if ok:
             self._again.set()
 
-    def _target(self, physical_offset: int) -> tuple[Record, bytes, int] | None:
-        """(record, real topic, real queue); None where the message or its topic no longer exists."""
-        data = self._state.read_message(physical_offset)
-        if data is None:
-            return None
+    def _message(self, physical_offset: int) -> bytes | memoryview | None:
+        read_at, data = self._read
+        return data if read_at == physical_offset else self._state.read_message(physical_offset)
+
+    def _is_gone(self, physical_offset: int) -> bool:
+        """Trimmed, by force: what retention removes in its time is never a message that is still to be delivered."""
+        group = self._state.group
+        return group.is_serving and physical_offset < group.first_position
+
+    def _target(self, data: bytes | memoryview) -> tuple[Record, bytes, int] | None:
+        """(record, real topic, real queue); None where its topic no longer exists."""
         record = decode_record(data)
         topic = find_property(record.properties, b"REAL_TOPIC\x01")
         queue = find_property(record.properties, b"REAL_QID\x01")

@@ -131,8 +131,7 @@ class Forwarder:
     """The part of a node that hands requests to the leader and takes those of other nodes.
 
     `group` is the RaftGroup: its leader, its readiness, its `send_app`. `execute(conn, frame)` serves a request here;
-    `changed(conn)` notes a connection that has something to flush. `serve_stale(conn, frame, code)` may answer
-    from committed tables when no leader could be found, and says whether it did. `leader_address` is for remarks.
+    `changed(conn)` notes a connection that has something to flush. `leader_address` is for remarks.
     """
 
     def __init__(
@@ -142,7 +141,6 @@ class Forwarder:
         *,
         execute: Callable[[Any, Frame], None],
         changed: Callable[[Any], None],
-        serve_stale: Callable[[Any, Frame, int], bool],
         leader_address: Callable[[], str],
         log: Any,
     ) -> None:
@@ -150,7 +148,6 @@ class Forwarder:
         self._group = group
         self._execute = execute
         self._changed = changed
-        self._serve_stale = serve_stale
         self._leader_address = leader_address
         self._log = log
         self._held: deque[_Request] = deque()
@@ -173,9 +170,11 @@ class Forwarder:
 
     # ------------------------------------------------------------------------------------- on the node asked
 
-    def submit(self, conn: Any, frame: Frame, code: int, opaque: int, flag: int) -> None:
-        """Take over a request that only a ready leader can serve."""
+    def submit(self, conn: Any, frame: Frame, code: int, opaque: int, flag: int, arrived: float | None = None) -> None:
+        """Take over a request that only a ready leader can serve. `arrived` (monotonic seconds): now when None."""
         request = self._request(conn, frame, code, opaque, flag & FLAG_ONEWAY != 0)
+        if arrived is not None:
+            request.arrived = arrived
         if self._held or not self._send(request):
             self._hold(request)
 
@@ -306,9 +305,6 @@ class Forwarder:
             return
         if request.refusal is not None:
             request.conn.write(request.refusal)
-            self._changed(request.conn)
-            return
-        if self._serve_stale(request.conn, request.frame, request.code):
             self._changed(request.conn)
             return
         leader = self._leader_address() or self._group.leader_id or "none"

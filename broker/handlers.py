@@ -2,34 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from broker.consume_queue import NotAtHand
 from broker.processors.admin import AdminProcessor
 from broker.processors.client_calls import ClientCallProcessor
 from broker.processors.consumer import ConsumerProcessor
 from broker.processors.progress import ProgressProcessor
 from broker.processors.query import QueryProcessor
-from remoting.codes import RequestCode
-from remoting.command import Command
+from broker.processors.raft import RaftProcessor
+from remoting.codes import RequestCode, ResponseCode
+from remoting.command import Command, encode_response
 
 if TYPE_CHECKING:
     from broker.context import BrokerContext
     from broker.router import Handler
 
 
-def handlers_of(broker: BrokerContext, send_back: Handler) -> dict[int, Handler]:
-    """Every code this broker serves beside sends and pulls. What is not here is answered 3."""
+def handlers_of(broker: BrokerContext, send_back: Callable[..., bytes | None]) -> dict[int, Handler]:
+    """Every code this broker serves beside sends and pulls. What is not here is answered 3.
+
+    `send_back(request, conn, message=None)` raises NotAtHand where the message must be read for it.
+    """
     admin = AdminProcessor(broker)
     calls = ClientCallProcessor(broker)
     consumer = ConsumerProcessor(broker)
     progress = ProgressProcessor(broker)
     query = QueryProcessor(broker)
+    raft = RaftProcessor(broker)
 
-    def counted_send_back(request: Command, conn: Any) -> bytes | None:
-        answer = send_back(request, conn)
+    def counted_send_back(request: Command, conn: Any, message: bytes | None = None) -> bytes | None:
+        try:
+            answer = send_back(request, conn, message)
+        except NotAtHand as missing:
+            if broker.jobs.start(send_back_cold, request, conn, missing.physical_offset):
+                return None
+            remark = "[OVERLOAD]too many queries wait for the disk"
+            return encode_response(request, ResponseCode.SYSTEM_BUSY, remark=remark)
         if answer is None:
             broker.stats.count_send_back(request.ext.get("originTopic") or "", request.ext.get("group") or "")
         return answer
+
+    async def send_back_cold(request: Command, conn: Any, physical_offset: int) -> None:
+        # b"" says that it was looked for and is not there.
+        message = await broker.state.read_message_cold(physical_offset) or b""
+        answer = counted_send_back(request, conn, message)
+        if answer is not None:
+            conn.write(answer)
+            conn.flush()
+        broker.group.wake()
 
     return {
         RequestCode.CONSUMER_SEND_MSG_BACK: counted_send_back,
@@ -89,7 +111,15 @@ def handlers_of(broker: BrokerContext, send_back: Handler) -> dict[int, Handler]
         RequestCode.VIEW_BROKER_STATS_DATA: admin.view_stats,
         RequestCode.CLEAN_EXPIRED_CONSUMEQUEUE: admin.clean_consume_queues,
         RequestCode.CLEAN_UNUSED_TOPIC: admin.clean_unused_topics,
-        RequestCode.DELETE_EXPIRED_COMMITLOG: admin.delete_expired_log,
+        RequestCode.DELETE_EXPIRED_COMMITLOG: raft.delete_expired_log,
         RequestCode.GET_BROKER_HA_STATUS: admin.ha_status,
         RequestCode.GET_BROKER_EPOCH_CACHE: admin.epoch_cache,
+        # the raft group
+        RequestCode.RAFT_DESCRIBE: raft.describe,
+        RequestCode.RAFT_TRANSFER: raft.transfer,
+        RequestCode.RAFT_CHANGE_MEMBERS: raft.change_members,
+        RequestCode.RAFT_ACCEPT_LOSS: raft.accept_loss,
+        RequestCode.RAFT_DELETE_EXPIRED: raft.delete_expired,
+        RequestCode.RAFT_BACKUP_MANIFEST: raft.backup_manifest,
+        RequestCode.RAFT_BACKUP_CHUNK: raft.backup_chunk,
     }

@@ -242,6 +242,7 @@ class BrokerNode:
         await clock.sleep_until(drain_until)
         await self.registration.unregister()
         server.cancel()
+        await self.state.checkpoint()
         await self.group.stop_gracefully()
         await self.state.close()
 

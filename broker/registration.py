@@ -166,7 +166,8 @@ class Registration:
         """REGISTER_BROKER as of now."""
         broker = self._broker
         config = broker.config
-        term = broker.group.term
+        # While the log is repaired or installed the group has no term; the node's last one still orders registrations.
+        term = broker.group.term or broker.state.term
         topics = broker.state.topics
         version = topics.data_version
         wrapper = TopicConfigSerializeWrapper(

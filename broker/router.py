@@ -47,11 +47,56 @@ LEADER_ONLY: Final[frozenset[int]] = SENDS | {
     RequestCode.DELETE_SUBSCRIPTIONGROUP,
     RequestCode.INVOKE_BROKER_TO_RESET_OFFSET,
     RequestCode.CLONE_GROUP_OFFSET,
+    RequestCode.DELETE_EXPIRED_COMMITLOG,
+    RequestCode.RAFT_TRANSFER,
+    RequestCode.RAFT_CHANGE_MEMBERS,
+    RequestCode.RAFT_DELETE_EXPIRED,
 }
 """Codes that a follower, or a leader whose no-op is not applied, passes on (design 4)."""
 
-STALE_IS_FINE: Final[frozenset[int]] = frozenset({RequestCode.SEARCH_OFFSET_BY_TIMESTAMP, RequestCode.GET_MAX_OFFSET})
-"""Answered from committed tables when no leader is found in time: reading goes on without a majority."""
+CONFIRMED_READS: Final[frozenset[int]] = frozenset(
+    {
+        RequestCode.QUERY_CONSUMER_OFFSET,
+        RequestCode.SEARCH_OFFSET_BY_TIMESTAMP,
+        RequestCode.GET_MAX_OFFSET,
+        RequestCode.LOCK_BATCH_MQ,
+        RequestCode.GET_CONSUME_STATS,
+        RequestCode.GET_BROKER_CONSUME_STATS,
+        RequestCode.QUERY_CONSUME_TIME_SPAN,
+        RequestCode.GET_TOPIC_STATS_INFO,
+        RequestCode.GET_ALL_CONSUMER_OFFSET,
+        RequestCode.GET_ALL_DELAY_OFFSET,
+    }
+)
+"""Codes whose answer of a leader is out of its tables: it may have been replaced without knowing, so a quorum must have
+heard it lead after the request came (Raft 8, ReadIndex). Renewing a lock is one of them."""
+
+WITHOUT_THE_LOG: Final[frozenset[int]] = frozenset(
+    {
+        RequestCode.HEART_BEAT,
+        RequestCode.UNREGISTER_CLIENT,
+        RequestCode.GET_CONSUMER_LIST_BY_GROUP,
+        RequestCode.CHECK_CLIENT_CONFIG,
+        RequestCode.GET_CONSUMER_CONNECTION_LIST,
+        RequestCode.GET_PRODUCER_CONNECTION_LIST,
+        RequestCode.GET_ALL_PRODUCER_INFO,
+        RequestCode.GET_CONSUMER_RUNNING_INFO,
+        RequestCode.INVOKE_BROKER_TO_GET_CONSUMER_STATUS,
+        RequestCode.QUERY_SUBSCRIPTION_BY_CONSUMER,
+        RequestCode.GET_SYSTEM_TOPIC_LIST_FROM_BROKER,
+        RequestCode.UPDATE_BROKER_CONFIG,
+        RequestCode.GET_BROKER_CONFIG,
+        RequestCode.GET_BROKER_RUNTIME_INFO,
+        RequestCode.VIEW_BROKER_STATS_DATA,
+        RequestCode.GET_BROKER_HA_STATUS,
+        RequestCode.GET_BROKER_EPOCH_CACHE,
+        RequestCode.RAFT_DESCRIBE,
+        RequestCode.RAFT_ACCEPT_LOSS,
+        RequestCode.RAFT_BACKUP_MANIFEST,
+        RequestCode.RAFT_BACKUP_CHUNK,
+    }
+)
+"""Answered while the log of this node is repaired or installed too: by its clients, settings and the group itself."""
 
 BAD_INPUT: Final = (HeaderError, BodyError)
 """A request that cannot be read: answered 1 with the reason."""
@@ -73,7 +118,6 @@ class Router:
             broker.group,
             execute=self.execute,
             changed=broker.changed,
-            serve_stale=self._serve_stale,
             leader_address=lambda: broker.master_address,
             log=broker.log,
         )
@@ -123,11 +167,45 @@ class Router:
         request = decode_frame(frame)
         try:
             if not ready and self._needs_leader(code, request):
-                if isinstance(conn, ForwardedConnection):
-                    conn.refuse()
-                else:
-                    self.forwarder.submit(conn, frame, code, request.opaque, request.flag)
+                self._pass_on(request, frame, conn, None)
                 return
+        except BAD_INPUT as error:
+            self._answer(frame, conn, ResponseCode.SYSTEM_ERROR, str(error))
+            return
+        if ready and code in CONFIRMED_READS:
+            arrived = self._broker.env.clock.monotonic()
+            self._group.read_index(lambda reason: self._confirmed(request, frame, conn, arrived, reason))
+        else:
+            self._serve(request, frame, conn)
+
+    def _pass_on(self, request: Command, frame: Frame, conn: Any, arrived: float | None) -> None:
+        """To whoever leads, or will. A request that another node passed on goes back to it."""
+        if isinstance(conn, ForwardedConnection):
+            conn.refuse()
+        else:
+            self.forwarder.submit(conn, frame, request.code, request.opaque, request.flag, arrived)
+
+    def _confirmed(self, request: Command, frame: Frame, conn: Any, arrived: float, reason: str | None) -> None:
+        """A quorum has heard this node lead since the request came; or, with a reason, it has not."""
+        if reason is None:
+            self._serve(request, frame, conn)
+            self._broker.changed(conn)
+        else:
+            # Whether this node still leads is settled at the end of the turn.
+            self._broker.state.defer(lambda: self._not_confirmed(request, frame, conn, arrived, reason))
+        self._group.wake()
+
+    def _not_confirmed(self, request: Command, frame: Frame, conn: Any, arrived: float, reason: str) -> None:
+        if self._group.is_ready_leader:
+            self._answer(frame, conn, ResponseCode.SYSTEM_BUSY, f"[OVERLOAD]not answered: {reason}")
+            self._broker.changed(conn)
+        else:
+            self._pass_on(request, frame, conn, arrived)
+
+    def _serve(self, request: Command, frame: Frame, conn: Any) -> None:
+        """By the handler of its code."""
+        code = request.code
+        try:
             handler = self._handlers.get(code)
             if handler is None:
                 answer: bytes | None = encode_response(
@@ -151,18 +229,12 @@ class Router:
     def _needs_leader(self, code: int, request: Command) -> bool:
         if code in LEADER_ONLY:
             return True
+        if not self._group.is_serving:
+            return code in self._handlers and code not in WITHOUT_THE_LOG
         if code == RequestCode.VIEW_MESSAGE_BY_ID:
             # An acknowledged message may not be known as committed here yet; while a leader is elected least of all.
             return require(request.ext, "offset", int) >= self._group.committed_position
         return False
-
-    def _serve_stale(self, conn: Any, frame: Frame, code: int) -> bool:
-        if code not in STALE_IS_FINE:
-            return False
-        answer = self._handlers[code](decode_frame(frame), conn)
-        if answer is not None:
-            conn.write(answer)
-        return True
 
     # ------------------------------------------------------------------------------------------------------ failures
 

@@ -127,8 +127,10 @@ def _raft(broker: BrokerContext) -> dict[str, str]:
             "match": statistics.acknowledged.get(peer, 0),
             "lag": statistics.lag_bytes.get(peer, 0),
             "connected": bool(statistics.connected.get(peer, False)),
+            "state": statistics.peer_state.get(peer, ""),
+            "learner": peer in statistics.learners,
         }
-        for peer in sorted(broker.config.group.peers)
+        for peer in sorted({*(statistics.members or broker.config.group.peers), *statistics.learners})
         if peer != group.node_id
     }
     return {
@@ -148,6 +150,11 @@ def _raft(broker: BrokerContext) -> dict[str, str]:
         "raftCommittedPosition": str(statistics.committed_position),
         "raftEndPosition": str(statistics.end_position),
         "raftPeers": msgspec.json.encode(peers).decode(),
+        "raftState": statistics.state,
+        "raftMembers": ";".join(statistics.members),
+        "raftLearners": ";".join(statistics.learners),
+        "raftRecovering": "true" if statistics.recovering else "false",
+        "raftTrimmedPosition": str(statistics.trimmed_position),
         "raftFlush": statistics.flush,
         "raftWaitingRecords": str(statistics.waiting_records),
         "raftLoopSaturation": f"{statistics.loop_saturation:.3f}",

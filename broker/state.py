@@ -1016,8 +1016,11 @@ class BrokerState:
                 await self.checkpoints.save()
 
     async def close(self) -> None:
-        """Clean stop, after the group has stopped taking entries: flush, last checkpoint, no `abort` mark left."""
-        await self.checkpoint()
+        """Clean stop, after the group has stopped: everything is in files, no `abort` mark is left.
+
+        The last checkpoint is taken before, while the group still runs.
+        """
+        self.queues.flush()
         self.queues.close()
         self.store_files.closed()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from attrs import define
@@ -45,6 +45,9 @@ class MemoryGroup:
         self.committed_position = 0
         self.full = False
         """True: `reserve` raises Overloaded."""
+        self.reads: list[Callable[[str | None], None]] = []
+        """Reads that wait for `settle_reads`, where `holds_reads`; else they are confirmed at once."""
+        self.holds_reads = False
         self.entries: list[MemoryEntry] = []
         self.commit_index = 0
         self.turns = 0
@@ -127,7 +130,20 @@ class MemoryGroup:
     def wake(self) -> None:
         pass
 
+    def read_index(self, told: Callable[[str | None], None]) -> None:
+        if self.holds_reads:
+            self.reads.append(told)
+        else:
+            told(None if self.is_ready_leader else "not leader")
+
     # -------------------------------------------------------------------------------------------- what the test decides
+
+    def settle_reads(self, reason: str | None = None) -> None:
+        """A quorum has confirmed what waits; or, with a reason, it has not. Then the turn ends."""
+        reads, self.reads = self.reads, []
+        for told in reads:
+            told(reason)
+        self.turn()
 
     def commit(self, entries: int | None = None) -> None:
         """Commit the next `entries` entries (all when None), then end the turn."""
@@ -211,8 +227,10 @@ class MemoryGroup:
     def send_app(self, peer_id: str, payload: bytes) -> bool:
         return False
 
-    def save_checkpoint(self, index: int, blob: bytes) -> None:
-        self.checkpoints.append((index, blob))
+    def save_checkpoint(self, index: int, blob: bytes) -> bool:
+        if self.is_serving:
+            self.checkpoints.append((index, blob))
+        return self.is_serving
 
 
 class MemoryConnection:

@@ -196,6 +196,15 @@ class RequestCode(IntEnum):
     POP_ROLLBACK = 200056
     BATCH_ACK_MESSAGE = 200151
 
+    # Quorate's own, for its tools; bodies are JSON with snake_case keys.
+    RAFT_DESCRIBE = 90001
+    RAFT_TRANSFER = 90002
+    RAFT_CHANGE_MEMBERS = 90003
+    RAFT_ACCEPT_LOSS = 90004
+    RAFT_DELETE_EXPIRED = 90005
+    RAFT_BACKUP_MANIFEST = 90006
+    RAFT_BACKUP_CHUNK = 90007
+
 
 class ResponseCode(IntEnum):
     """How a request ended (remoting.md 2)."""

@@ -404,11 +404,6 @@ class AdminProcessor:
         """CLEAN_UNUSED_TOPIC: a deleted topic's queues go with it already, so nothing is ever left to clean."""
         return encode_response(request, ResponseCode.SUCCESS)
 
-    def delete_expired_log(self, request: Command, conn: Any) -> bytes:
-        """DELETE_EXPIRED_COMMITLOG."""
-        remark = "nothing was deleted: this release keeps the whole log"
-        return self._refuse(request, ResponseCode.SYSTEM_ERROR, remark)
-
     # ---------------------------------------------------------------------------------------------------------- raft
 
     def ha_status(self, request: Command, conn: Any) -> bytes:
@@ -419,8 +414,9 @@ class AdminProcessor:
         leads = group.leader_id == group.node_id
         body = HARuntimeInfo(master=leads, master_commit_log_max_offset=statistics.end_position)
         if leads:
+            addresses = {**broker.config.group.peers, **statistics.addresses}
             for peer, lag in sorted(statistics.lag_bytes.items()):
-                host, port = broker.config.group.peers[peer]
+                host, port = addresses[peer]
                 in_sync = bool(statistics.connected.get(peer)) and lag <= IN_SYNC_LAG_BYTES
                 body.ha_connection_info.append(
                     HaConnectionInfo(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from broker.consume_queue import LOWER
+from broker.consume_queue import LOWER, NotAtHand
+from broker.processors.query import search_with_disk
 from broker.refusals import refusal_answer
 from broker.stats import GROUP_GET_NUMS
 from remoting.bodies import (
@@ -136,6 +137,22 @@ class ProgressProcessor:
         As in 5.3 the broker itself stores the new offsets and answers the next pull of each queue with 21, so it also
         works for a group that is not connected. With useServerSideResetOffset=false the members are told, as in 4.9.
         """
+        try:
+            return self._reset(request, conn, {})
+        except NotAtHand as missing:
+            if self._broker.jobs.start(self._reset_cold, request, conn, missing):
+                return None
+            remark = "[OVERLOAD]too many queries wait for the disk"
+            return encode_response(request, ResponseCode.SYSTEM_BUSY, remark=remark)
+
+    async def _reset_cold(self, request: Command, conn: Any, missing: NotAtHand) -> None:
+        group = self._broker.group
+        answer = await search_with_disk(group, request, missing, lambda known: self._reset(request, conn, known))
+        if answer is not None:
+            conn.write(answer)
+            conn.flush()
+
+    def _reset(self, request: Command, conn: Any, known: dict[int, int]) -> bytes | None:
         ext = request.ext
         topic = require(ext, "topic", str)
         group = require(ext, "group", str)
@@ -153,14 +170,14 @@ class ProgressProcessor:
             remark = f"queueId[{queue_id}] is illegal, topic:[{topic}] readQueueNums:[{config.read_queue_nums}]"
             return encode_response(request, ResponseCode.INVALID_PARAMETER, remark=remark)
         if not self._broker.settings.server_side_reset:
-            return self._reset_by_clients(request, config, group, timestamp, forced)
+            return self._reset_by_clients(request, config, group, timestamp, forced, known)
         table: dict[int, int] = {}
         for number in range(config.read_queue_nums) if queue_id < 0 else (queue_id,):
             if wanted >= 0:
                 high = self._queues.max_offset(topic, number)
                 table[number] = min(max(wanted, self._queues.min_offset(topic, number)), high)
             else:
-                table[number] = self._reset_target(group, topic, number, timestamp, forced)
+                table[number] = self._reset_target(group, topic, number, timestamp, forced, known)
         rows = [[group, topic, number, offset] for number, offset in table.items()]
 
         def done(ok: bool, reason: str | None) -> None:
@@ -178,27 +195,35 @@ class ProgressProcessor:
         self._state.propose_op(("offsets", rows), done)
         return None
 
-    def _reset_target(self, group: str, topic: str, queue_id: int, timestamp: int, forced: bool) -> int:
+    def _reset_target(
+        self, group: str, topic: str, queue_id: int, timestamp: int, forced: bool, known: dict[int, int]
+    ) -> int:
         if timestamp == -1:
             offset = self._queues.max_offset(topic, queue_id)
         elif timestamp < 0:
             offset = 0
         else:
-            offset = self._queues.search_by_time(topic, queue_id, timestamp, LOWER)
+            offset = self._queues.search_by_time(topic, queue_id, timestamp, LOWER, known)
         consumed = self._state.offsets.query(group, topic, queue_id)
         if not forced and consumed is not None and offset >= consumed:
             return consumed
         return offset
 
     def _reset_by_clients(
-        self, request: Command, config: TopicConfig, group_name: str, timestamp: int, forced: bool
+        self,
+        request: Command,
+        config: TopicConfig,
+        group_name: str,
+        timestamp: int,
+        forced: bool,
+        known: dict[int, int],
     ) -> bytes:
         topic = config.topic_name
         body = ResetOffsetBody()
         for queue_id in range(config.write_queue_nums):
             if self._state.offsets.query(group_name, topic, queue_id) is None:
                 continue
-            target = self._reset_target(group_name, topic, queue_id, timestamp, forced)
+            target = self._reset_target(group_name, topic, queue_id, timestamp, forced, known)
             body.offset_table[self._queue(topic, queue_id)] = target
         if not body.offset_table:
             remark = f"THe consumer group <{group_name}> not exist"

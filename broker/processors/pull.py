@@ -47,6 +47,8 @@ _NOT_FOUND = int(ResponseCode.PULL_NOT_FOUND)
 _RETRY = int(ResponseCode.PULL_RETRY_IMMEDIATELY)
 _MOVED = int(ResponseCode.PULL_OFFSET_MOVED)
 
+LOG_NOT_SERVED: Final = "the log of this node cannot be read now: it is being repaired or installed; ask again later"
+
 Ranges = list[tuple[int, int]]
 
 
@@ -100,6 +102,8 @@ class PullProcessor:
         """The checks of semantics.md 4.1, in order; the refusal, if any. `header.subscription` becomes the filter."""
         broker = self._broker
         settings = broker.settings
+        if not self._group.is_serving:
+            return self._refuse(header, ResponseCode.SERVICE_NOT_AVAILABLE, LOG_NOT_SERVED)
         if not settings.broker_permission & PERM_READ:
             return self._forbid(header, 1, f"the broker[{broker.config.advertised[0]}] pulling message is forbidden")
         if header.code == RequestCode.LITE_PULL_MESSAGE and not settings.lite_pull_enable:
@@ -300,6 +304,14 @@ class PullProcessor:
         conn.write(format_pull_response_head(header.opaque, code, remark, next_begin, low, high, 0))
         self._broker.stats.count_miss()
 
+    def _write_unreadable(self, header: PullHeader, conn: Any, high: int) -> None:
+        """The log did not have the bytes. Only what was trimmed meanwhile is passed over."""
+        low = self._queues.min_offset(header.topic, header.queue_id) if self._group.is_serving else 0
+        if low > header.queue_offset:
+            self._write_empty(header, conn, _RETRY, "MESSAGE_WAS_REMOVING", low, low, max(low, high))
+        else:
+            conn.write(self._refuse(header, ResponseCode.SERVICE_NOT_AVAILABLE, LOG_NOT_SERVED))
+
     # --------------------------------------------------------------------------------------------------- cold data
 
     async def read_cold_forever(self) -> None:
@@ -321,8 +333,7 @@ class PullProcessor:
             if conn.closed_reason is not None:
                 continue
             if len(parts) < len(job.ranges):
-                # Trimmed between the two looks: the client goes on behind it.
-                self._write_empty(header, conn, _RETRY, "MESSAGE_WAS_REMOVING", job.next_begin, job.low, job.high)
+                self._write_unreadable(header, conn, job.high)
             else:
                 self._write_found(header, conn, parts, job.count, job.total, job.next_begin, job.low, job.high)
             conn.flush()

@@ -6,11 +6,12 @@ there); minimum, store times and messages any node reads from what it has commit
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final
 
-from broker.consume_queue import LOWER
-from broker.records import UNIT
+from broker.consume_queue import LOWER, NotAtHand
+from broker.processors.pull import LOG_NOT_SERVED
+from broker.records import UNIT, store_timestamp_of
 from broker.refusals import refusal_answer
 from remoting.bodies import ConsumeQueueData, QueryConsumeQueueResponseBody, SubscriptionData, encode_body
 from remoting.codes import ResponseCode
@@ -19,6 +20,7 @@ from remoting.headers import optional, require
 
 if TYPE_CHECKING:
     from broker.context import BrokerContext
+    from dledger.group import RaftGroup
 
 KEYS_PER_QUERY_MAX: Final = 64
 UNIQUE_KEYS_PER_QUERY: Final = 32
@@ -42,6 +44,26 @@ def _as_many_as_fit(newest_first: Iterable[bytes | memoryview | None]) -> list[b
     return found
 
 
+async def search_with_disk(
+    group: RaftGroup, request: Command, missing: NotAtHand, attempt: Callable[[dict[int, int]], bytes | None]
+) -> bytes | None:
+    """`attempt(known)` again and again, each time with one more message's store time, read from the disk.
+
+    What it returns in the end; 14 where the log cannot be read. Checkpoint.
+    """
+    known: dict[int, int] = {}
+    while True:
+        head = await group.read_cold(missing.physical_offset, missing.nbytes)
+        if head is None and (not group.is_serving or missing.physical_offset >= group.first_position):
+            return encode_response(request, ResponseCode.SERVICE_NOT_AVAILABLE, remark=LOG_NOT_SERVED)
+        # What was trimmed meanwhile is older than whatever is looked for.
+        known[missing.physical_offset] = -1 if head is None else store_timestamp_of(head)
+        try:
+            return attempt(known)
+        except NotAtHand as another:
+            missing = another
+
+
 class QueryProcessor:
     def __init__(self, broker: BrokerContext) -> None:
         self._broker = broker
@@ -54,10 +76,9 @@ class QueryProcessor:
     def view_message(self, request: Command, conn: Any) -> bytes | None:
         """VIEW_MESSAGE_BY_ID: the message at a physical offset."""
         offset = require(request.ext, "offset", int)
-        head = self._group.read(offset, 4)
-        if head is not None and not self._group.is_hot(offset):
+        if self._state.is_cold(offset):
             return self._in_job(self._view_cold, request, conn, offset)
-        record = self._state.read_message(offset) if head is not None else None
+        record = self._state.read_message(offset)
         return self._view_answer(request, offset, None if record is None else bytes(record))
 
     async def _view_cold(self, request: Command, conn: Any, offset: int) -> None:
@@ -85,7 +106,7 @@ class QueryProcessor:
         if self._state.index.is_long:
             return self._in_job(self._query_long, request, conn, (topic, key, wanted, begin_ms, end_ms))
         positions = sorted(self._state.index.lookup(topic, key, wanted, begin_ms, end_ms), reverse=True)
-        if any(not self._group.is_hot(position) for position in positions):
+        if any(self._state.is_cold(position) for position in positions):
             return self._in_job(self._query_cold, request, conn, positions)
         records = (self._state.read_message(position) for position in positions)
         return self._query_answer(request, _as_many_as_fit(records))
@@ -131,13 +152,25 @@ class QueryProcessor:
         timestamp = self._queues.earliest_store_time(topic, queue_id)
         return encode_response(request, ResponseCode.SUCCESS, {"timestamp": timestamp})
 
-    def search_offset(self, request: Command, conn: Any) -> bytes:
+    def search_offset(self, request: Command, conn: Any) -> bytes | None:
         """SEARCH_OFFSET_BY_TIMESTAMP."""
+        try:
+            return self._search(request, {})
+        except NotAtHand as missing:
+            return self._in_job(self._search_cold, request, conn, missing)
+
+    def _search(self, request: Command, known: dict[int, int]) -> bytes:
         topic, queue_id = self._queue_of(request)
         timestamp = require(request.ext, "timestamp", int)
         boundary = request.ext.get("boundaryType") or LOWER
-        offset = self._queues.search_by_time(topic, queue_id, timestamp, boundary)
+        offset = self._queues.search_by_time(topic, queue_id, timestamp, boundary, known)
         return encode_response(request, ResponseCode.SUCCESS, {"offset": offset})
+
+    async def _search_cold(self, request: Command, conn: Any, missing: NotAtHand) -> None:
+        answer = await search_with_disk(self._group, request, missing, lambda known: self._search(request, known))
+        if answer is not None:
+            conn.write(answer)
+            conn.flush()
 
     def query_consumer_offset(self, request: Command, conn: Any) -> bytes | None:
         """QUERY_CONSUMER_OFFSET: only what is committed is answered; an update not logged yet is logged first."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from attrs import define
 
 from broker.answers import BUSY, NOT_LEADER, TOO_LARGE, Done
+from broker.consume_queue import NotAtHand
 from broker.dedup import dedup_key
 from broker.delay import MAX_LEVEL
 from broker.key_index import topic_seed
@@ -740,7 +741,7 @@ class SendProcessor:
         key: int,
         earlier: int,
     ) -> bool:
-        """The window knows a message under this key, at `earlier`: whether that, or one next to it, was the original."""
+        """The window has a message under this key, at `earlier`: whether that, or one next to it, is the original."""
         if self._answer_duplicate(header, body, conn, topic, keys, earlier):
             return True
         return any(
@@ -827,20 +828,21 @@ class SendProcessor:
 
     # ----------------------------------------------------------------------------------------------------- send-back
 
-    def handle_send_back(self, request: Command, conn: Any) -> bytes | None:
+    def handle_send_back(self, request: Command, conn: Any, message: bytes | None = None) -> bytes | None:
         """CONSUMER_SEND_MSG_BACK: the message again, delayed, in the group's retry topic, or in its dead letters.
 
-        Returns the answer, or None when it follows after commit (or is not wanted).
+        Returns the answer, or None when it follows after commit (or is not wanted). Raises NotAtHand where the message
+        has to be read from the disk first, and given as `message`.
         """
         try:
-            refusal = self._send_back(request, conn)
+            refusal = self._send_back(request, conn, message)
         except HeaderError as error:
             refusal = _Refusal(ResponseCode.SYSTEM_ERROR, str(error))
         if refusal is None or request.is_oneway:
             return None
         return encode_response(request, refusal.code, remark=refusal.remark or None)
 
-    def _send_back(self, request: Command, conn: Any) -> _Refusal | None:
+    def _send_back(self, request: Command, conn: Any, message: bytes | None) -> _Refusal | None:
         ext = request.ext
         state = self._state
         offset = require(ext, "offset", int)
@@ -862,8 +864,10 @@ class SendProcessor:
             )
         if group.retry_queue_nums <= 0:
             return _Refusal(ResponseCode.SUCCESS, "")
-        data = state.read_message(offset) if offset >= 0 else None
+        data = message or (state.read_message(offset) if offset >= 0 else None)
         if data is None:
+            if message is None and state.is_cold(offset):
+                raise NotAtHand(offset, 0)
             return _Refusal(ResponseCode.SYSTEM_ERROR, f"look message by offset failed, {offset}")
         record = decode_record(data)
         limit = group.retry_max_times

@@ -6,6 +6,9 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import trio
+import trio.lowlevel
+
 from broker.config import BrokerConfig
 from broker.context import BrokerContext
 from broker.handlers import handlers_of
@@ -16,7 +19,10 @@ from broker.router import Router
 from broker.state import BrokerState
 from broker.testing import MemoryConnection, MemoryGroup
 from dledger.config import GroupConfig
+from dledger.errors import LedgerError
 from dledger.machine import GroupStatistics
+from dledger.store.base import BaseRecord
+from dledger.store.manifest import Manifest, SegmentInfo
 from remoting.codes import RequestCode
 from remoting.command import Command, encode_request
 from remoting.frames import FrameReader, decode_frame
@@ -63,6 +69,42 @@ class RigGroup(MemoryGroup):
         self.cached = True
         self.sent: list[tuple[str, bytes]] = []
         self.connected = True
+        self.learners: tuple[str, ...] = ("n3",)
+        self.recovering = False
+        self.asked: list[Any] = []
+        """What tools asked of the group."""
+        self.refusal: LedgerError | None = None
+
+    def _ask(self, *what: Any) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        self.asked.append(what)
+
+    async def transfer_and_wait(self, target: str | None = None) -> str | None:
+        await trio.lowlevel.checkpoint()
+        self.asked.append(("transfer", target))
+        if self.refusal is not None:
+            return str(self.refusal)
+        self.leader_id = target
+        return None
+
+    async def change_members(self, change: Any) -> None:
+        await trio.lowlevel.checkpoint()
+        self._ask(change)
+
+    def accept_loss(self) -> None:
+        self._ask("accept loss")
+
+    def delete_expired(self) -> None:
+        self._ask("delete expired")
+
+    def trim_to(self, position: int, *, is_forced: bool = False) -> int:
+        self._ask("trim", position)
+        return position // 2
+
+    def manifest(self) -> Manifest | None:
+        segments = (SegmentInfo(0, 1, 2, 128, 7),)
+        return Manifest(BaseRecord(0, 0, 0, 0), 65_536, segments) if self.is_serving else None
 
     def is_hot(self, physical_offset: int) -> bool:
         return self.hot
@@ -86,7 +128,7 @@ class RigGroup(MemoryGroup):
             term=self.term,
             leader_id=self.leader_id,
             ready=self.is_ready_leader,
-            recovering=False,
+            recovering=self.recovering,
             flush="async",
             first_index=1,
             last_index=last,
@@ -97,6 +139,9 @@ class RigGroup(MemoryGroup):
             first_position=self.first_position,
             committed_position=self.committed_position,
             end_position=self.end_position,
+            members=tuple(sorted(self.config.peers)),
+            learners=self.learners,
+            addresses={"n3": ("127.0.0.1", 40941)} if self.learners else {},
             acknowledged=dict.fromkeys(peers, last),
             lag_bytes=dict.fromkeys(peers, 0),
             connected=dict.fromkeys(peers, True),

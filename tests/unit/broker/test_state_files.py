@@ -435,6 +435,7 @@ async def test_a_clean_stop_leaves_no_abort_mark_and_a_checkpoint_of_everything(
     assert (tmp_path / "a" / "abort").read_text() == "77"
     assert not node.state.store_files.abnormal_exit
     busy(node, 30)
+    await node.state.checkpoint()
     await node.state.close()
     assert not (tmp_path / "a" / "abort").exists()
     index, blob = node.group.checkpoints[-1]

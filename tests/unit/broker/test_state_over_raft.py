@@ -69,6 +69,7 @@ async def running(folder: Path, *, clean: bool = False, **changes: Any) -> Async
         await wait_until(lambda: broker.state.is_ready_leader, what="leadership")
         yield broker
         if clean:
+            await broker.state.checkpoint()
             await broker.group.stop_gracefully()
             await broker.state.close()
         nursery.cancel_scope.cancel()
