@@ -11,6 +11,7 @@ VERBS = {
     "down": ("cli.processes:down", "Stop what `up` started."),
     "ps": ("cli.processes:ps", "List the processes of a cluster."),
     "status": ("cli.status:status", "Show role, term and log positions of each node."),
+    "doctor": ("cli.doctor:doctor", "Look at machine, configuration and cluster, and say what is wrong."),
     "kill": ("cli.processes:kill", "Kill a node with SIGKILL: n1, leader, broker-b/leader."),
     "restart": ("cli.processes:restart", "Stop a node in order and start it again."),
     "serve": ("cli.serve:serve", "Run one node in the foreground."),
@@ -28,7 +29,7 @@ VERBS = {
 }
 
 SECTIONS = (
-    ("A cluster on this machine", ("up", "down", "ps", "status", "kill", "restart")),
+    ("A cluster on this machine", ("up", "down", "ps", "status", "doctor", "kill", "restart")),
     ("Messages", ("produce", "consume", "bench", "topic")),
     ("Raft groups", ("raft", "backup", "restore")),
     ("A node in production", ("serve", "log")),

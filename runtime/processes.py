@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -216,6 +217,11 @@ def absolute_path(path: str, base: str = ".") -> str:
 def temporary_folder(prefix: str) -> str:
     """A new empty folder that only this user may read."""
     return tempfile.mkdtemp(prefix=prefix)
+
+
+def open_files_max() -> int:
+    """How many files and connections this process may have open."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def unwritable_reason(path: str) -> str | None:

@@ -1,0 +1,203 @@
+"""What is right and what is wrong with a cluster, as findings: `quorate doctor`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from attrs import frozen
+
+from cluster.config import ClusterConfig, GroupSection
+from cluster.raft_groups import GroupView, NodeView
+
+Level = Literal["ok", "warning", "bad"]
+
+DESCRIPTORS_NEEDED = 4096
+SATURATION_MAX = 0.8
+LAG_SECONDS_MAX = 10.0
+FREE_BYTES_MIN = 1 << 30
+
+
+@frozen
+class Finding:
+    """One thing that was looked at. `next_step` says what to do about it."""
+
+    about: str
+    level: Level
+    text: str
+    next_step: str = ""
+
+
+def promise_of(flush: str, nodes: int, flush_interval_ms: int = 500) -> str:
+    """What an acknowledgement means in a group of so many voters."""
+    quorum = nodes // 2 + 1
+    if flush == "sync":
+        return f"acknowledged means on stable storage of {quorum} of {nodes} nodes: safe from a power cut of all"
+    lost = nodes - quorum
+    return (
+        f"acknowledged means in the page cache of {quorum} of {nodes} nodes: safe from crashes of processes and of "
+        f"{lost} machine{'' if lost == 1 else 's'}; a power cut of all may take what was acknowledged in about the last "
+        f"{flush_interval_ms / 1000:g} s"
+    )
+
+
+def check_machine(free_bytes: int, total_bytes: int, descriptors_max: int, data: str) -> Iterator[Finding]:
+    """This machine, whether or not anything runs."""
+    if free_bytes < FREE_BYTES_MIN:
+        yield Finding(
+            "disk",
+            "bad",
+            f"{free_bytes >> 20:,} MiB are free where {data} is",
+            "make room, or choose another folder with --data DIR",
+        )
+    else:
+        yield Finding("disk", "ok", f"{free_bytes >> 30:,} of {total_bytes >> 30:,} GiB are free where {data} is")
+    if descriptors_max < DESCRIPTORS_NEEDED:
+        yield Finding(
+            "open files",
+            "warning",
+            f"a process may open {descriptors_max} files; a busy broker wants {DESCRIPTORS_NEEDED}",
+            f"ulimit -n {DESCRIPTORS_NEEDED}",
+        )
+    else:
+        yield Finding("open files", "ok", f"a process may open {descriptors_max}")
+
+
+def check_config(config: ClusterConfig) -> Iterator[Finding]:
+    """The configuration: what it promises, and what a demo may do but production should not."""
+    for group in config.groups:
+        yield Finding(group.name, "ok", f'flush = "{group.flush}": {promise_of(group.flush, len(group.founders))}')
+        if len(group.founders) == 1:
+            yield Finding(group.name, "warning", "one node: nothing survives its loss", "use three nodes")
+    if len(config.namesrvs) == 1:
+        yield Finding(
+            "name servers",
+            "warning",
+            "there is one: while it is down, clients that start find no route",
+            "add a second [[namesrv]]",
+        )
+
+
+def check_group(group: GroupView, section: GroupSection | None) -> Iterator[Finding]:
+    """A raft group that runs."""
+    silent = [node for node in group.nodes if node.said is None]
+    best = group.best
+    if best is None or best.said is None:
+        yield Finding(group.name, "bad", "no node answers", "start it: quorate up, or quorate serve on each host")
+        return
+    voters = best.said["members"]
+    leader = group.leader
+    if leader is None:
+        yield Finding(group.name, "bad", *_why_leaderless(group, voters))
+    else:
+        yield Finding(group.name, "ok", f"{leader.node_id} leads term {_said(leader)['term']}")
+    for node in silent:
+        yield Finding(
+            f"{group.name} at {node.address}",
+            "bad" if leader is None else "warning",
+            f"does not answer: {node.reason}",
+            "look at its log, or start it",
+        )
+    for node in group.answering:
+        yield from _check_node(group, node)
+    if leader is not None:
+        yield from _check_peers(group, _said(leader))
+    if section is not None:
+        yield from _check_members(group, best.said, section)
+
+
+def _said(node: NodeView) -> Mapping[str, Any]:
+    assert node.said is not None
+    return node.said
+
+
+def _why_leaderless(group: GroupView, voters: list[str]) -> tuple[str, str]:
+    answering = [node for node in group.answering if node.node_id in voters]
+    recovering = [str(node.node_id) for node in answering if _said(node)["recovering"]]
+    quorum = len(voters) // 2 + 1
+    if len(answering) < quorum:
+        return (
+            f"no leader: {len(answering)} of {len(voters)} voters answer, {quorum} are needed",
+            "start the others; nothing is lost by waiting",
+        )
+    if recovering:
+        return (
+            f"no leader: {' '.join(recovering)} recover from a power loss, so all of {' '.join(voters)} must answer",
+            f"start the missing ones; if they are gone for good: quorate raft recover {recovering[0]} --accept-loss",
+        )
+    return "no leader now, though a majority answers", "ask again in a few seconds; if it stays, read the nodes' logs"
+
+
+def _check_node(group: GroupView, node: NodeView) -> Iterator[Finding]:
+    said = _said(node)
+    about = f"{group.name}/{node.node_id}"
+    found = list(_troubles(about, said))
+    yield from found or [
+        Finding(about, "ok", f"{said['role']}, committed {said['commit_index']:,}, disk {said['disk_usage']:.0%}")
+    ]
+
+
+def _troubles(about: str, said: Mapping[str, Any]) -> Iterator[Finding]:
+    if said["state"] == "repairing":
+        waits = said.get("waits_for") or "its peers"
+        yield Finding(about, "bad", f"its log is damaged and waits for {waits}", "keep the other nodes running")
+    elif said["state"] == "installing":
+        yield Finding(about, "warning", "is being filled with log files by its peers")
+    power_lost_index = said.get("power_lost_index")
+    if power_lost_index is not None:
+        yield Finding(
+            about,
+            "warning",
+            f"came back from a power loss with entries up to {power_lost_index:,}; with flush "
+            f'"{said["flush"]}" up to about {said.get("flush_interval_ms", 500) / 1000:g} s of messages that were '
+            "acknowledged before it may be lost, if all nodes lost power together",
+            'flush = "sync" keeps acknowledged messages through that',
+        )
+    if said["recovering"]:
+        yield Finding(
+            about,
+            "warning",
+            f"recovers: entries up to {said['last_index']:,} are here, later ones may have been acknowledged; it votes "
+            "again when a leader has confirmed them",
+            "start all members of the group",
+        )
+    early, forced, refuse = said["disk_watermarks"]
+    usage = said["disk_usage"]
+    if not said["disk_ok"]:
+        yield Finding(
+            about, "bad", "its disk is full, fails or stalls: it neither leads nor campaigns", "see to the disk"
+        )
+    elif usage >= refuse:
+        yield Finding(about, "bad", f"disk {usage:.0%} full: sends are refused", "make room or lower retention_hours")
+    elif usage >= forced:
+        yield Finding(about, "bad", f"disk {usage:.0%} full: the oldest messages go whatever their age", "make room")
+    elif usage >= early:
+        yield Finding(about, "warning", f"disk {usage:.0%} full: old messages go at any hour")
+    if said["is_disk_slow"]:
+        yield Finding(about, "warning", "its disk was slow to write lately")
+    if said["loop_saturation"] > SATURATION_MAX:
+        share = f"{said['loop_saturation']:.0%}"
+        yield Finding(about, "warning", f"the log takes {share} of its loop", "spread topics over more groups")
+
+
+def _check_peers(group: GroupView, said: Mapping[str, Any]) -> Iterator[Finding]:
+    for peer, seconds in said["lag_seconds"].items():
+        if not said["connected"].get(peer, False):
+            yield Finding(f"{group.name}/{peer}", "warning", "is not connected to the leader")
+        elif seconds > LAG_SECONDS_MAX:
+            behind = said["lag_bytes"].get(peer, 0)
+            yield Finding(
+                f"{group.name}/{peer}", "warning", f"has been behind for {seconds:.0f} s, by {behind:,} bytes now"
+            )
+
+
+def _check_members(group: GroupView, said: Mapping[str, Any], section: GroupSection) -> Iterator[Finding]:
+    configured = sorted(node.name for node in section.nodes)
+    there = sorted([*said["members"], *said["learners"]])
+    if there != configured:
+        yield Finding(
+            group.name,
+            "warning",
+            f"its members are {' '.join(there)}, the configuration has {' '.join(configured)}",
+            "the log counts; change members with quorate raft add-node or remove-node, and the file after it",
+        )

@@ -1,0 +1,133 @@
+"""Each trouble of a raft group is found, named, and comes with what to do about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from attrs import evolve
+
+from cluster.config import default_text, parse
+from cluster.doctor import Finding, check_config, check_group, check_machine, promise_of
+from cluster.raft_groups import GroupView, NodeView
+
+CONFIG = parse(default_text(), "built-in default")
+
+
+def node(number: int, *, leads: bool = False, **changes: Any) -> NodeView:
+    said: dict[str, Any] = {
+        "node_id": f"n{number}",
+        "role": "leader" if leads else "follower",
+        "ready": leads,
+        "term": 3,
+        "last_index": 1200,
+        "commit_index": 1200,
+        "members": ["n0", "n1", "n2"],
+        "learners": [],
+        "recovering": False,
+        "state": "serving",
+        "flush": "async",
+        "disk_ok": True,
+        "disk_usage": 0.5,
+        "disk_watermarks": [0.75, 0.85, 0.90],
+        "is_disk_slow": False,
+        "loop_saturation": 0.1,
+        "connected": {},
+        "lag_bytes": {},
+        "lag_seconds": {},
+        **changes,
+    }
+    return NodeView(f"127.0.0.1:{number}", "broker-a", said)
+
+
+def silent(number: int) -> NodeView:
+    return NodeView(f"127.0.0.1:{number}", "broker-a", None, "connection refused")
+
+
+def findings(*nodes: NodeView) -> list[Finding]:
+    return list(check_group(GroupView("broker-a", nodes), CONFIG.groups[0]))
+
+
+def troubles(*nodes: NodeView) -> list[Finding]:
+    return [finding for finding in findings(*nodes) if finding.level != "ok"]
+
+
+def test_a_healthy_group_has_nothing_but_good_news() -> None:
+    found = findings(node(0, leads=True), node(1), node(2))
+    assert {finding.level for finding in found} == {"ok"}
+    assert "n0 leads term 3" in found[0].text
+
+
+def test_nobody_answers() -> None:
+    assert [finding.level for finding in troubles(silent(0), silent(1), silent(2))] == ["bad"]
+
+
+def test_one_silent_node_is_a_warning_while_a_leader_leads() -> None:
+    (found,) = troubles(node(0, leads=True), node(1), silent(2))
+    assert found.level == "warning"
+    assert "connection refused" in found.text
+
+
+def test_a_minority_waits_for_the_others() -> None:
+    found = troubles(node(0), silent(1), silent(2))
+    assert "1 of 3 voters answer, 2 are needed" in found[0].text
+    assert {finding.level for finding in found} == {"bad"}
+
+
+def test_recovering_voters_need_everybody_and_the_way_out_is_named() -> None:
+    found = troubles(node(0, recovering=True), node(1), silent(2))
+    assert "all of n0 n1 n2 must answer" in found[0].text
+    assert "quorate raft recover n0 --accept-loss" in found[0].next_step
+
+
+def test_a_power_loss_says_what_may_be_missing() -> None:
+    (found,) = troubles(node(0, leads=True, power_lost_index=1100), node(1), node(2))
+    assert found.level == "warning"
+    assert "entries up to 1,100" in found.text
+    assert "0.5 s" in found.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "level", "text"),
+    [
+        ({"state": "repairing"}, "bad", "damaged"),
+        ({"state": "installing"}, "warning", "being filled"),
+        ({"disk_ok": False}, "bad", "neither leads nor campaigns"),
+        ({"disk_usage": 0.91}, "bad", "sends are refused"),
+        ({"disk_usage": 0.86}, "bad", "the oldest messages go"),
+        ({"disk_usage": 0.76}, "warning", "at any hour"),
+        ({"is_disk_slow": True}, "warning", "slow"),
+        ({"loop_saturation": 0.9}, "warning", "90%"),
+    ],
+)
+def test_each_trouble_of_a_node(changes: dict[str, Any], level: str, text: str) -> None:
+    (found,) = troubles(node(0, leads=True), node(1, **changes), node(2))
+    assert (found.about, found.level) == ("broker-a/n1", level)
+    assert text in found.text
+
+
+def test_peers_that_lag_or_are_cut_off() -> None:
+    peers = {"lag_seconds": {"n1": 12.0, "n2": 0.0}, "connected": {"n1": True, "n2": False}, "lag_bytes": {"n1": 5000}}
+    found = {finding.about: finding.text for finding in troubles(node(0, leads=True, **peers), node(1), node(2))}
+    assert "behind for 12 s, by 5,000 bytes" in found["broker-a/n1"]
+    assert "not connected" in found["broker-a/n2"]
+
+
+def test_members_that_differ_from_the_configuration() -> None:
+    changed = {"members": ["n0", "n1"], "learners": ["n7"]}
+    (found,) = troubles(node(0, leads=True, **changed), node(1, **changed))
+    assert "its members are n0 n1 n7, the configuration has n0 n1 n2" in found.text
+
+
+def test_what_a_configuration_promises() -> None:
+    found = list(check_config(CONFIG))
+    assert "page cache of 2 of 3 nodes" in found[0].text
+    assert "stable storage of 2 of 3" in promise_of("sync", 3)
+    alone = evolve(CONFIG, groups=(evolve(CONFIG.groups[0], nodes=CONFIG.groups[0].nodes[:1]),))
+    assert "nothing survives its loss" in [finding.text.partition(": ")[2] for finding in check_config(alone)]
+
+
+def test_a_small_machine() -> None:
+    levels = [finding.level for finding in check_machine(5 << 20, 10 << 30, 256, "/data")]
+    assert levels == ["bad", "warning"]
+    assert {finding.level for finding in check_machine(5 << 30, 10 << 30, 65_536, "/data")} == {"ok"}
