@@ -36,8 +36,8 @@ def promise_of(flush: str, nodes: int, flush_interval_ms: int = 500) -> str:
     lost = nodes - quorum
     return (
         f"acknowledged means in the page cache of {quorum} of {nodes} nodes: safe from crashes of processes and of "
-        f"{lost} machine{'' if lost == 1 else 's'}; a power cut of all may take what was acknowledged in about the last "
-        f"{flush_interval_ms / 1000:g} s"
+        f"{lost} machine{'' if lost == 1 else 's'}; a power cut of all may take what was acknowledged in about the "
+        f"last {flush_interval_ms / 1000:g} s"
     )
 
 

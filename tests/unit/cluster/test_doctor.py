@@ -107,14 +107,18 @@ def test_each_trouble_of_a_node(changes: dict[str, Any], level: str, text: str) 
 
 
 def test_peers_that_lag_or_are_cut_off() -> None:
-    peers = {"lag_seconds": {"n1": 12.0, "n2": 0.0}, "connected": {"n1": True, "n2": False}, "lag_bytes": {"n1": 5000}}
+    peers: dict[str, Any] = {
+        "lag_seconds": {"n1": 12.0, "n2": 0.0},
+        "connected": {"n1": True, "n2": False},
+        "lag_bytes": {"n1": 5000},
+    }
     found = {finding.about: finding.text for finding in troubles(node(0, leads=True, **peers), node(1), node(2))}
     assert "behind for 12 s, by 5,000 bytes" in found["broker-a/n1"]
     assert "not connected" in found["broker-a/n2"]
 
 
 def test_members_that_differ_from_the_configuration() -> None:
-    changed = {"members": ["n0", "n1"], "learners": ["n7"]}
+    changed: dict[str, Any] = {"members": ["n0", "n1"], "learners": ["n7"]}
     (found,) = troubles(node(0, leads=True, **changed), node(1, **changed))
     assert "its members are n0 n1 n7, the configuration has n0 n1 n2" in found.text
 
