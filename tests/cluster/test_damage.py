@@ -1,4 +1,4 @@
-"""Damage to the log of one stopped broker: noticed, never served, mended from its peers, the same in each byte again."""
+"""Damage to the log of one stopped broker: noticed, never served, mended from its peers, all bytes the same again."""
 
 from __future__ import annotations
 
