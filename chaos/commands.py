@@ -8,20 +8,27 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
     from chaos.sim.run import SeedResult
+    from chaos.sim.scenario import Scenario
+    from chaos.sim.shrink import Shrunk
+    from chaos.sim.world import World
 
 EXIT_BROKEN = 1
 EXIT_NO_EVIDENCE = 3
 EXIT_KIT_FAILED = 4
 EXIT_INTERRUPTED = 130
 AUDIT_EVERY = 100
-"""One seed in so many is played twice and must give the same trace hash."""
+"""One seed in so many is played again, in a process with another hash seed, and must give the same trace hash."""
+PROGRESS_SECONDS = 10.0
+SHRUNK_MAX = 3
+"""So many of the failing seeds of a run are made small."""
+NARRATIVE_LINES = 12
 TOTALS = (
     "steps",
     "delivered",
@@ -43,22 +50,31 @@ TOTALS = (
 )
 
 
-@click.group("chaos")
+@click.group(
+    "chaos",
+    epilog="""\b
+Examples:
+  quorate chaos sim --seeds 400 --jobs 2     play 400 schedules of faults
+  quorate chaos replay 83 --trace            what happened in one of them
+  quorate chaos shrink 83                    the same failure with as few faults as possible
+  quorate chaos replay chaos-out/83.toml --trace --until 4.2
+""",
+)
 def chaos_group() -> None:
     """Break a cluster on purpose and check that it keeps its promises."""
 
 
-def _play(seed: int) -> tuple[SeedResult, bool]:
-    """A seed's result, and whether a second run agreed where one was made."""
+def _play(seed: int) -> SeedResult:
     from chaos.sim.run import run_seed
 
-    result = run_seed(seed)
-    if seed % AUDIT_EVERY == 0:
-        return result, run_seed(seed).trace_hash == result.trace_hash
-    return result, True
+    return run_seed(seed)
 
 
-def _play_all(seeds: range, jobs: int) -> Iterator[tuple[SeedResult, bool]]:
+def _trace_hash(seed: int) -> str:
+    return _play(seed).trace_hash
+
+
+def _play_all(seeds: Sequence[int], jobs: int) -> Iterator[SeedResult]:
     if jobs == 1:
         yield from map(_play, seeds)
         return
@@ -66,42 +82,113 @@ def _play_all(seeds: range, jobs: int) -> Iterator[tuple[SeedResult, bool]]:
         yield from pool.imap(_play, seeds, chunksize=4)
 
 
-@chaos_group.command("sim")
+def _play_again(seeds: Sequence[int]) -> list[str]:
+    """Trace hashes from a fresh process: its hash seed is another one."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.map(_trace_hash, seeds)
+
+
+def _stopwatch() -> Callable[[], float]:
+    """Seconds since now, by the wall clock: good enough for progress and budgets."""
+    from runtime.real import real_env
+
+    wall_ms = real_env().clock.wall_ms
+    begin = wall_ms()
+    return lambda: (wall_ms() - begin) / 1000
+
+
+class _Progress:
+    """A line on stderr now and then while a long run goes on."""
+
+    def __init__(self, seeds: int) -> None:
+        self._seeds = seeds
+        self._elapsed = _stopwatch()
+        self._next = PROGRESS_SECONDS
+
+    def show(self, done: int, totals: dict[str, int], sim_seconds: float, reached: int) -> None:
+        from chaos.sim.reached import REACHED
+
+        seconds = self._elapsed()
+        if seconds < self._next or done >= self._seeds:
+            return
+        self._next = seconds + PROGRESS_SECONDS
+        click.echo(
+            f"{done}/{self._seeds}  {done / seconds:.1f} seeds/s  {sim_seconds / 3600:.1f} sim-h  "
+            f"faults {totals['faults']}  leader changes {totals['elections']}  acked {totals['acknowledged']}  "
+            f"reached {reached}/{len(REACHED)}",
+            err=True,
+        )
+
+
+@chaos_group.command(
+    "sim",
+    epilog="""\b
+Examples:
+  quorate chaos sim
+  quorate chaos sim --seeds 2000 --jobs 2
+  quorate chaos sim --seeds 50 --start 1000 --json --no-shrink
+""",
+)
 @click.option("--seeds", default=100, show_default=True, type=click.IntRange(1), help="How many seeds to play.")
 @click.option("--start", default=0, show_default=True, type=click.IntRange(0), help="The first seed.")
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(1, 64), help="Processes side by side.")
+@click.option(
+    "--shrink/--no-shrink", "is_shrinking", default=True, show_default=True, help="Make failing runs small at the end."
+)
+@click.option("--out", default="chaos-out", show_default=True, help="Folder for the files of failing runs.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per seed and one with the totals.")
-def sim(seeds: int, start: int, jobs: int, as_json: bool) -> None:
-    """Play whole raft groups on virtual time: crashes, power losses, partitions, stalls. A seed is a schedule."""
+def sim(seeds: int, start: int, jobs: int, is_shrinking: bool, out: str, as_json: bool) -> None:
+    """Play whole raft groups on virtual time: crashes, power losses, rotten disks, partitions. A seed is a schedule."""
+    from chaos.sim.reached import REACHED
+
     totals = dict.fromkeys(TOTALS, 0)
+    reached = dict.fromkeys(REACHED, 0)
     broken: list[int] = []
-    unstable: list[int] = []
+    to_audit: dict[int, str] = {}
+    sim_seconds = 0.0
+    progress = _Progress(seeds)
     try:
-        for result, agreed in _play_all(range(start, start + seeds), jobs):
+        for done, result in enumerate(_play_all(range(start, start + seeds), jobs), 1):
             for name in TOTALS:
                 totals[name] += getattr(result, name)
+            for state, times in result.reached.items():
+                reached[state] = reached.get(state, 0) + times
+            sim_seconds += result.at_seconds
             if as_json:
                 click.echo(json.dumps(result.to_json()))
             if not result.ok:
                 broken.append(result.seed)
                 click.echo(f"seed {result.seed} at {result.at_seconds} s: {result.violation}", err=True)
                 click.echo(f"  repeat with: {result.reproduction}", err=True)
-            if not agreed:
-                unstable.append(result.seed)
-                click.echo(f"seed {result.seed} gave two different runs", err=True)
+            if result.seed % AUDIT_EVERY == 0:
+                to_audit[result.seed] = result.trace_hash
+            progress.show(done, totals, sim_seconds, sum(1 for times in reached.values() if times))
+        again = _play_again(list(to_audit)) if to_audit else []
+        if is_shrinking:
+            for seed in broken[:SHRUNK_MAX]:
+                _report_shrunk(_scenario_of(str(seed)), f"{out}/{seed}.toml")
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         raise SystemExit(EXIT_INTERRUPTED) from None
+    unstable = [seed for (seed, first), second in zip(to_audit.items(), again, strict=True) if first != second]
+    for seed in unstable:
+        click.echo(f"seed {seed} gave two different runs", err=True)
+    never = [state for state, times in reached.items() if not times]
     if as_json:
-        click.echo(json.dumps({"seeds": seeds, "start": start, "broken": broken, "unstable": unstable, **totals}))
+        document = {"seeds": seeds, "start": start, "broken": broken, "unstable": unstable, "audited": len(to_audit)}
+        click.echo(json.dumps({**document, "sim_seconds": round(sim_seconds, 1), **totals, "reached": reached}))
     else:
         click.echo(
-            f"{seeds} seeds, {len(broken)} violations; "
-            f"{totals['elections']} elections, {totals['entries']} entries committed, "
-            f"{totals['acknowledged']} of {totals['proposals']} proposals acknowledged, {totals['cuts']} cuts, "
-            f"{totals['crashes']} crashes, {totals['power_losses']} power losses, {totals['partitions']} partitions, "
-            f"{totals['transfers']} transfers"
+            f"{seeds} seeds, {len(broken)} violations; {sim_seconds / 3600:.1f} simulated hours, "
+            f"{totals['faults']} faults, {totals['elections']} elections, {totals['entries']} entries committed, "
+            f"{totals['acknowledged']} of {totals['proposals']} proposals acknowledged, {totals['reads']} reads, "
+            f"{totals['cuts']} cuts, {totals['crashes']} crashes, {totals['power_losses']} power losses, "
+            f"{totals['repairs']} repairs, {totals['installs']} installs, {totals['partitions']} partitions, "
+            f"{totals['transfers']} transfers, {totals['changes']} changes of members"
         )
+        click.echo(f"{len(to_audit)} seeds audited; reached {len(reached) - len(never)} of {len(reached)} states")
+        if never:
+            click.echo(f"never met: {', '.join(never)}")
     if broken:
         raise SystemExit(EXIT_BROKEN)
     if unstable:
@@ -111,25 +198,121 @@ def sim(seeds: int, start: int, jobs: int, as_json: bool) -> None:
         raise SystemExit(EXIT_NO_EVIDENCE)
 
 
-@chaos_group.command("replay")
-@click.argument("seed", type=click.IntRange(0))
-@click.option("--trace", is_flag=True, help="Print what every node did, with virtual time.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-def replay(seed: int, trace: bool, as_json: bool) -> None:
-    """Play one seed again."""
-    from chaos.sim.run import run_seed
+def _scenario_of(what: str) -> Scenario:
+    """A seed's plan and faults, or those of a file. Raises UsageError."""
+    from chaos.sim.plan import draw_plan
+    from chaos.sim.scenario import BadScenario, Scenario, read_scenario
+    from chaos.sim.schedule import draw_schedule
+    from runtime.real import real_env
 
-    result = run_seed(seed, keep_trace=trace)
+    if what.isascii() and what.isdigit():
+        plan = draw_plan(int(what))
+        return Scenario(plan, draw_schedule(plan))
+    try:
+        return read_scenario(real_env().files.read_bytes(what).decode())
+    except OSError as error:
+        raise click.UsageError(f"{what!r} is neither a seed nor a file that can be read: {error.strerror}") from error
+    except (BadScenario, UnicodeDecodeError) as error:
+        raise click.UsageError(f"{what} is no scenario: {error}") from error
+
+
+@chaos_group.command(
+    "replay",
+    epilog="""\b
+Examples:
+  quorate chaos replay 83 --trace
+  quorate chaos replay chaos-out/83.toml --trace --until 4.2
+""",
+)
+@click.argument("what", metavar="SEED|FILE")
+@click.option("--trace", is_flag=True, help="Print what every node did, with virtual time.")
+@click.option("--until", type=click.FloatRange(0.0), help="Stop at this virtual second and show every node.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+def replay(what: str, trace: bool, until: float | None, as_json: bool) -> None:
+    """Play one seed, or one scenario file, again."""
+    from chaos.sim.run import run_scenario, run_seed
+
+    scenario = _scenario_of(what)
+    stops: list[World] = []
+    if until is not None:
+        result = run_scenario(scenario.plan, scenario.faults, keep_trace=trace, until=until, seen=stops.append)
+    elif what.isdigit():
+        result = run_seed(int(what), keep_trace=trace)
+    else:
+        result = run_scenario(scenario.plan, scenario.faults, keep_trace=trace)
     if as_json:
         click.echo(json.dumps(result.to_json()))
     else:
         for line in result.trace:
             click.echo(line)
+        for world in stops:
+            click.echo(f"at {world.now:.4f} s:")
+            for node in world.nodes.values():
+                click.echo(f"  {world.describe(node)}")
         verdict = "every promise held" if result.ok else f"BROKEN at {result.at_seconds} s: {result.violation}"
-        click.echo(f"seed {seed}: {result.plan}")
+        if stops and result.ok:
+            verdict = "nothing broken so far"
+        click.echo(f"seed {result.seed}: {result.plan}")
         click.echo(f"{result.elections} elections, {result.entries} entries, trace {result.trace_hash}")
         click.echo(verdict)
     if not result.ok:
         raise SystemExit(EXIT_BROKEN)
-    if not result.entries:
+    if not result.entries and not stops:
         raise SystemExit(EXIT_NO_EVIDENCE)
+
+
+@chaos_group.command(
+    "shrink",
+    epilog="""\b
+Examples:
+  quorate chaos shrink 83                       writes chaos-out/83.toml
+  quorate chaos shrink 83 --out repro.toml
+  quorate chaos shrink repro.toml --out smaller.toml
+""",
+)
+@click.argument("what", metavar="SEED|FILE")
+@click.option("--out", help="The file to write; chaos-out/SEED.toml when not given.")
+def shrink(what: str, out: str | None) -> None:
+    """Make a failing run small: the same broken promise with fewer faults, nodes and clients."""
+    scenario = _scenario_of(what)
+    try:
+        shrunk = _report_shrunk(scenario, out or f"chaos-out/{scenario.plan.seed}.toml")
+    except KeyboardInterrupt:
+        click.echo("interrupted", err=True)
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    if shrunk is not None:
+        raise SystemExit(EXIT_BROKEN)
+    click.echo("every promise held: there is nothing to shrink")
+
+
+def _report_shrunk(scenario: Scenario, path: str) -> Shrunk | None:
+    """Shrink, write the scenario file, tell the story. None when the run does not fail."""
+    from chaos.sim.run import run_scenario
+    from chaos.sim.scenario import Scenario, write_scenario
+    from chaos.sim.shrink import Shrinker
+    from runtime.real import real_env
+
+    shrunk = Shrinker(scenario.plan, scenario.faults, elapsed=_stopwatch()).shrink()
+    if shrunk is None:
+        return None
+    assert shrunk.result.violation is not None
+    files = real_env().files
+    folder, _, _ = path.rpartition("/")
+    if folder:
+        files.make_dirs(folder)
+    text = write_scenario(Scenario(shrunk.plan, shrunk.faults, shrunk.result.violation))
+    files.write_atomic(path, text.encode())
+    before = scenario.plan
+    click.echo(
+        f"seed {before.seed}: {shrunk.faults_before} faults -> {len(shrunk.faults)}, {before.fault_seconds:g} s -> "
+        f"{shrunk.plan.fault_seconds:g} s, {before.clients} clients -> {shrunk.plan.clients}, {before.nodes} nodes -> "
+        f"{shrunk.plan.nodes} ({shrunk.runs} runs)"
+    )
+    for fault in shrunk.faults:
+        click.echo(f"  {fault}")
+    for line in run_scenario(shrunk.plan, shrunk.faults, keep_trace=True).trace[-NARRATIVE_LINES:]:
+        click.echo(f"  | {line}")
+    click.echo(
+        f"  repeat: quorate chaos replay {before.seed} --trace      minimal: quorate chaos replay {path} --trace"
+    )
+    return shrunk

@@ -108,13 +108,15 @@ class _Job:
 class SimDisk:
     """What one machine has on its disk. It outlives the process, which is told of completed work while it lives."""
 
+    log_class: type[SimLog] = SimLog
+
     def __init__(self, world: World, name: str, node: SimNode) -> None:
         self._world = world
         self._plan = world.plan
         self._name = name
         self._node = node
         self._rng = stream(world.plan.seed, f"disk/{name}")
-        self.log = SimLog()
+        self.log = self.log_class()
         self.saved = HardState()
         self.written = 0
         self.durable = 0
@@ -462,7 +464,7 @@ class SimDisk:
         """The folder is empty: log, term and vote are gone. The next start is that of a blank node."""
         for entry in self.log:
             self.excused.add((entry.index, entry.head_crc))
-        self.log = SimLog()
+        self.log = self.log_class()
         self._configs = []
         self.saved = HardState()
         self.written = self.durable = self.mark = self.rows = 0

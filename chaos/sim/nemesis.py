@@ -361,7 +361,7 @@ class Nemesis:
         leader = world.leader()
         if leader is None or leader.raft is None:
             return False
-        members = leader.raft.configs.members
+        members = leader.raft.members
         if leader.raft.configs.index != world.properties.config_index:
             return False  # one at a time, and only from what is committed
         voters, learners = members.voters, members.learners

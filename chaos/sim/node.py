@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from chaos.sim.chance import stream
 from chaos.sim.disk import Gap, SimDisk, SimLog, Unreadable
 from chaos.sim.properties import PropertyBroken
+from chaos.sim.reached import REACHED
 from dledger.core import effects as fx
 from dledger.core.config import RaftConfig
 from dledger.core.errors import LocalError, RemoteError
@@ -99,6 +100,8 @@ class SimNode:
         self._change: Change | None = None
         self._trim_to = 0
         self._is_fetching = False
+        self._needed_until = 0
+        self._members_index = 0
 
     @property
     def log(self) -> SimLog:
@@ -158,6 +161,7 @@ class SimNode:
         self._change = None
         self._trim_to = 0
         self._is_fetching = False
+        self._members_index = self.raft.configs.index
         world.network.tell_connected(self.name)
         self.expect_scrub()
         self._set_alarm()
@@ -267,6 +271,12 @@ class SimNode:
                 self.disk.cut(gap.first)
             else:
                 left.append(gap)
+        for gap in left:
+            # What the peers have trimmed was committed; nobody has the entries, but whole segments and a checkpoint.
+            for peer in self._peers_heard():
+                if peer.raft is not None and peer.log.first_index > gap.first and self._install_from(peer):
+                    world.reached("repair-installs")
+                    return
         if left:
             world.at(world.now + REPAIR_ROUND_SECONDS * (1 + self.chance.random()), self._repair, incarnation, left)
         else:
@@ -324,33 +334,37 @@ class SimNode:
     def _fetch_log(self, leader: str) -> None:
         """The transfer of closed segments from a replica that has them, then a start on the copy (raft.md 4.7)."""
         world = self._world
-        if self._is_fetching:
-            return
         self._is_fetching = True
-        world.reached("needs-segments")
         delay = FETCH_SECONDS * (0.5 + self.chance.random()) + 4 * world.plan.latency
         world.at(world.now + delay, self._install, self.incarnation, leader)
 
     def _install(self, incarnation: int, leader: str) -> None:
         if incarnation != self.incarnation:
             return
-        world = self._world
+        world, raft = self._world, self.raft
+        assert raft is not None
         self._is_fetching = False
-        if self.is_paused:
-            self._fetch_log(leader)
+        if raft.leader != leader or self.log.last_index >= self._needed_until - 1:
             return
         source = world.nodes[leader]
-        raft = source.raft
-        if raft is None or source.is_paused or world.network.is_cut(self.name, leader) or source.log.bad:
-            return  # the next offer begins anew
-        # Closed segments only; what is committed of them is for the checkpoint to say.
+        can_fetch = source.raft is not None and not source.is_paused and not world.network.is_cut(self.name, leader)
+        if self.is_paused or not can_fetch or not self._install_from(source):
+            self._fetch_log(leader)  # the transfer is resumed until it is no longer needed
+
+    def _install_from(self, source: SimNode) -> bool:
+        """Take another's closed segments in the place of our log, and start on them."""
+        world = self._world
+        if source.log.bad:
+            return False
+        # What is committed of them is for the checkpoint to say.
         last = source.disk.durable
         start = source.log.position_end // world.plan.segment_bytes * world.plan.segment_bytes
         while (entry := source.log.peek(last)) is not None and entry.position >= start:
             last -= 1
         last = max(last, source.log.first_index - 1)
-        if last <= self.applied_index or self.log.head_crc_at(last) == source.log.head_crc_at(last):
-            return  # we have all of it
+        is_ours = self.log.head_crc_at(last) == source.log.head_crc_at(last) and not self.log.bad
+        if last <= self.applied_index or is_ours:
+            return False  # we have all of it
         world.counts["installs"] += 1
         world.reached("segments-installed")
         world.properties.installs(self, source, last)
@@ -359,8 +373,9 @@ class SimNode:
         world.network.node_gone(self.name, hard=True)
         self.log.install(source.log, last)
         self.disk.installed(source.disk)
-        world.note(self.name, f"has installed the log of {leader} up to {last}")
+        world.note(self.name, f"has installed the log of {source.name} up to {last}")
         world.nemesis.start_later(self, REOPEN_SECONDS)
+        return True
 
     # Clock
 
@@ -488,7 +503,7 @@ class SimNode:
         except RemoteError:
             raft = self.raft
             assert raft is not None
-            if peer in raft.configs.members:
+            if peer in raft.members:
                 raise
             # Not one of ours, or not any more: the real transport closes the connection.
             self._world.reached("message-of-a-stranger")
@@ -513,7 +528,8 @@ class SimNode:
     def _burn(self, effect: fx.Effect) -> None:
         """Die before this effect, or within it."""
         world = self._world
-        world.reached(f"dies-before-{type(effect).__name__}")
+        if (state := f"dies-before-{type(effect).__name__}") in REACHED:
+            world.reached(state)
         if isinstance(effect, fx.Cut):
             world.reached("dies-within-cut")
             self.disk.torn_cut(effect.from_index)
@@ -541,12 +557,15 @@ class SimNode:
                     assert term is not None
                     follow_ups.append(Written(now, index, term))
             case fx.Commit():
+                if self.log.term_at(self.applied_index + 1) != self.log.term_at(effect.index):
+                    world.reached("commit-across-terms")
                 world.properties.moves_commit(self, effect.index)
                 self._apply(effect.index)
             case fx.SaveHardState():
                 self.disk.save(HardState(effect.term, effect.vote))
             case fx.Cut():
                 world.counts["cuts"] += 1
+                world.reached("uncommitted-entry-cut")
                 world.note(self.name, f"cuts its log at {effect.from_index}")
                 world.properties.cuts(self, effect.from_index)
                 self.disk.cut(effect.from_index)
@@ -564,6 +583,7 @@ class SimNode:
                         world.note(self.name, f"change refused: {effect.reason}")
             case fx.TransferEnded():
                 world.counts["transfers" if effect.done else "transfers_failed"] += 1
+                world.reached("transfer-done" if effect.done else "transfer-failed")
                 world.note(self.name, f"transfer to {effect.target}: done={effect.done}, {effect.reason}")
             case fx.Recovered():
                 world.counts["recovered"] += 1
@@ -573,14 +593,19 @@ class SimNode:
                 acknowledged = self._reads.pop(effect.token, None)
                 if acknowledged is not None:
                     world.counts["reads"] += 1
+                    world.reached("read-served")
                     world.properties.reads(self, effect.index, acknowledged)
             case fx.ReadRefused():
                 self._reads.pop(effect.token, None)
                 world.counts["reads_refused"] += 1
+                world.reached("read-refused")
             case fx.MembersChanged():
                 self._members_changed(effect)
             case fx.NeedSegments():
-                self._fetch_log(effect.leader)
+                world.reached("needs-segments")
+                self._needed_until = effect.first_index
+                if not self._is_fetching:
+                    self._fetch_log(effect.leader)
             case fx.Fatal():
                 raise PropertyBroken(f"fatal: {self.name} stops: {effect.reason}")
 
@@ -590,6 +615,9 @@ class SimNode:
         if effect.is_committed:
             world.note(self.name, f"members of {effect.index} are committed")
             return
+        if effect.index < self._members_index:
+            world.reached("change-cut-again")
+        self._members_index = effect.index
         world.note(self.name, f"members of {effect.index}: {','.join(members.voters)} + {','.join(members.learners)}")
         raft = self.raft
         assert raft is not None
@@ -604,6 +632,8 @@ class SimNode:
         if effect.role is Role.LEADER:
             world.counts["elections"] += 1
             world.properties.leads(self, effect.term)
+            if self.name == world.plan.preferred:
+                world.reached("preferred-leader-takes-over")
             if self.log.bad:
                 world.reached("leads-with-latent-damage")
         else:
@@ -658,7 +688,7 @@ class SimNode:
             self._step(Propose(now, (self._frame(EntryType.TRIM, 1, body, self._tail()),)))
         if change is not None and raft.is_leader:
             try:
-                members: Members = apply_change(raft.configs.members, change)
+                members: Members = apply_change(raft.members, change)
             except LocalError:
                 return
             self._step(Propose(now, (self._frame(EntryType.CONFIG, 1, encode_members(members), self._tail()),)))

@@ -10,7 +10,6 @@ from attrs import frozen
 
 from chaos.sim.chance import stream
 
-NEEDS_SEGMENTS = False
 KINDS: dict[str, int] = {
     "crash": 2,
     "crash-at-effect": 3,
@@ -103,12 +102,13 @@ def draw_plan(seed: int) -> Plan:
     rng = stream(seed, "plan")
     bad_network = rng.random() < 0.6
     latency = rng.choice((0.0002, 0.0005, 0.001, 0.005, 0.03))
-    message_bytes_max = rng.choice((1024, 8192, 1 << 20))
-    window_messages_max = rng.choice((2, 8, 64))
+    window_messages_max, message_bytes_max = rng.choice(
+        ((2, 1 << 20), (8, 1 << 16), (8, 1 << 20), (64, 1024), (64, 8192), (64, 1 << 20))
+    )
     bytes_per_second = rng.choice((0.0, 0.0, 0.0, 200_000.0, 5_000_000.0))
     if latency > 0.001:
         # A small window over a long wire is slow by design, and the judgement at the end has no patience.
-        message_bytes_max, window_messages_max, bytes_per_second = 1 << 20, 64, 0.0
+        window_messages_max, message_bytes_max, bytes_per_second = 64, 1 << 20, 0.0
     segment_bytes = rng.choice((4096, 16384, 1 << 20))
     tcp = rng.random() < 0.7
     nodes = 5 if rng.random() < 0.15 else 3
@@ -116,12 +116,12 @@ def draw_plan(seed: int) -> Plan:
     return Plan(
         seed=seed,
         nodes=nodes,
-        spares=rng.choice((0, 1, 2)) if NEEDS_SEGMENTS else 0,
+        spares=rng.choice((0, 1, 2)),
         sync=rng.random() < 0.5,
         tcp=tcp,
         latency=latency,
         bytes_per_second=bytes_per_second,
-        buffer_messages=rng.choice((16, 256, 1024)),
+        buffer_messages=window_messages_max + rng.choice((8, 200)),
         drop=rng.choice((0.002, 0.01, 0.05)) if bad_network else 0.0,
         duplicate=rng.choice((0.0, 0.01, 0.05)) if bad_network and not tcp else 0.0,
         late=rng.choice((0.0, 0.005, 0.02)) if bad_network else 0.0,
@@ -132,12 +132,7 @@ def draw_plan(seed: int) -> Plan:
         drift=rng.choice((0.0, 0.001, 0.05)),
         fault_interval=rng.choice((0.5, 1.0, 1.5, 3.0)),
         fault_seconds=55.0,
-        kinds=tuple(
-            kind
-            for kind in KINDS
-            if (rng.random() < 0.6 or everything) and (NEEDS_SEGMENTS or kind not in ("trim", "members"))
-        )
-        or tuple(KINDS),
+        kinds=tuple(kind for kind in KINDS if rng.random() < 0.6 or everything) or tuple(KINDS),
         heal_core=rng.random() < 0.3,
         clients=rng.choice((1, 3)),
         proposals_per_second=rng.choice((3.0, 10.0, 40.0)),

@@ -5,6 +5,7 @@ Numbers in comments are those of raft.md 6.1. What one node can check of itself 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dledger.core import messages
@@ -23,7 +24,10 @@ class PropertyBroken(AssertionError):
 class Properties:
     """The observer that sees every node, every disk and every message at once."""
 
-    def __init__(self, *, sync: bool, segment_bytes: int, bootstrap: tuple[str, ...]) -> None:
+    def __init__(
+        self, *, sync: bool, segment_bytes: int, bootstrap: tuple[str, ...], reached: Callable[[str], None]
+    ) -> None:
+        self._note_reached = reached
         self._sync = sync
         self._segment_bytes = segment_bytes
         self._leaders: dict[int, str] = {}
@@ -104,7 +108,7 @@ class Properties:
         assert node.raft is not None
         self._committed_in[entry.index] = node.raft.term
         # Counted by the members in force on the node that counts (Raft 6); a learner does not count.
-        voters = node.raft.configs.members.voters
+        voters = node.raft.members.voters
         holders = [name for name in voters if self.nodes[name].has_kept(entry, durable=self._sync)]
         if len(holders) < majority(len(voters)):
             raise PropertyBroken(
@@ -119,6 +123,10 @@ class Properties:
         changed = set(members.voters) ^ set(self.members.voters)
         if len(changed) > 1:
             raise PropertyBroken(f"membership: from {self.members.voters} to {members.voters} at once")
+        if changed:
+            self._note_reached(
+                "learner-promoted" if len(members.voters) > len(self.members.voters) else "member-removed"
+            )
         self.members = members
         self.config_index = entry.index
 

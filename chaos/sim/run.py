@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from attrs import asdict, field, frozen
 
@@ -81,16 +81,24 @@ def run_seed(
 
 
 def run_scenario(
-    plan: Plan, faults: Sequence[Fault], build: Build | None = None, *, keep_trace: bool = False
+    plan: Plan,
+    faults: Sequence[Fault],
+    build: Build | None = None,
+    *,
+    keep_trace: bool = False,
+    until: float | None = None,
+    seen: Callable[[World], None] | None = None,
 ) -> SeedResult:
-    """Play a plan with these faults to its end."""
+    """Play a plan with these faults to its end, or until a virtual second, where `seen` may look at the world."""
     world = World(plan, faults, build, keep_trace=keep_trace)
     violation = None
     try:
-        world.run()
+        world.run(until)
     except (AssertionError, CoreError) as error:
         violation = f"{type(error).__name__}: {error}"
         world.note("all", violation)
+    if seen is not None:
+        seen(world)
     counts = world.counts
     return SeedResult(
         seed=plan.seed,

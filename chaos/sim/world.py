@@ -128,7 +128,9 @@ class World:
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._scheduled = 0
         self.clients = Clients()
-        self.properties = Properties(sync=plan.sync, segment_bytes=plan.segment_bytes, bootstrap=self.bootstrap)
+        self.properties = Properties(
+            sync=plan.sync, segment_bytes=plan.segment_bytes, bootstrap=self.bootstrap, reached=self.reached
+        )
         self.nemesis = Nemesis(self)
         self.nodes: dict[str, SimNode] = {}
         for name in self.names:
@@ -193,8 +195,11 @@ class World:
 
     # The story
 
-    def run(self) -> None:
-        """Faults and load, then healing, then the judgement. Raises an AssertionError that names the broken promise."""
+    def run(self, until: float | None = None) -> None:
+        """Faults and load, then healing, then the judgement. Raises an AssertionError that names the broken promise.
+
+        `until`: stop at this virtual second, without a judgement.
+        """
         plan = self.plan
         for node in self.nodes.values():
             if node.name in self.bootstrap:
@@ -207,9 +212,14 @@ class World:
                 self.at(0.5 + rng.random() * 0.1, self._read, rng)
         for fault in self.faults:
             self.at(fault.at, self.nemesis.apply, fault)
-        self.run_until(plan.fault_seconds)
+        self.run_until(min(plan.fault_seconds, until or plan.fault_seconds))
+        if until is not None and until <= plan.fault_seconds:
+            return
         self._heal()
         healed_at = self.now
+        if until is not None:
+            self.run_until(until)
+            return
         if not self.run_until(healed_at + LEADER_WITHIN, self._has_leader):
             raise PropertyBroken(f"liveness: no leader {LEADER_WITHIN:.0f} s after the last fault; {self.summary()}")
         if not self.run_until(healed_at + EQUAL_WITHIN, self._is_equal):
@@ -249,7 +259,7 @@ class World:
         """Who must be equal in the end."""
         leader = self.leader()
         assert leader is not None and leader.raft is not None
-        names = leader.raft.configs.members.all
+        names = leader.raft.members.all
         return [self.nodes[name] for name in names if name not in self.left_down]
 
     def _is_equal(self) -> bool:

@@ -1,13 +1,22 @@
-"""Wrong cores, one bug each. The simulator must find every one; that is what makes its silence worth something."""
+"""Wrong cores, disks and processes, one bug each. The simulator must find every one: that makes its silence worth
+something."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
+from chaos.sim.disk import Gap, SimDisk, SimLog
+from chaos.sim.node import SimNode
+from chaos.sim.run import run_seed
+from chaos.sim.world import Build
 from dledger.core import effects as fx
 from dledger.core import messages as msg
+from dledger.core.log import MemoryLog
+from dledger.core.quorum import majority
 from dledger.core.raft import Raft
-from dledger.core.types import HardState, Role
+from dledger.core.types import Entry, HardState, Role
 
 
 class MessagesNotHeld(Raft):
@@ -117,18 +126,220 @@ class OldSequenceAnswered(Raft):
             super()._receive_append(now, peer, message)
 
 
-PLANTED: tuple[type[Raft], ...] = (
-    MessagesNotHeld,
-    VoteForgotten,
-    SecondVote,
-    LogNotCompared,
-    OldTermsCounted,
-    CommitBeforeQuorum,
-    AcknowledgedBeforeWritten,
-    LeaderCountsItselfAtTheCall,
-    EveryAppendCuts,
-    HintTooHigh,
-    RejectionIgnored,
-)
-SELDOM: tuple[type[Raft], ...] = (OldSequenceAnswered,)
-"""Bugs that need a rare schedule: looked for among many seeds only."""
+class DurableBeforeSync(Raft):
+    """A follower reports as durable what is only in its page cache (nats-server#7564)."""
+
+    def _end_follower_turn(self) -> None:
+        mark, self.durable_index = self.durable_index, self.written_index
+        try:
+            super()._end_follower_turn()
+        finally:
+            self.durable_index = mark
+
+
+class StaleReadServed(Raft):
+    """A leader vouches for a read without asking whether it still leads (dissertation 6.4)."""
+
+    def _read_index(self, token: int) -> None:
+        if self.role is Role.LEADER:
+            self._effects.append(fx.ReadReady(token, self.commit_index))
+        else:
+            super()._read_index(token)
+
+
+class ReadBeforeNoop(Raft):
+    """A new leader vouches for reads before an entry of its term is committed (Raft 8)."""
+
+    def _begin_read_round(self, now: float) -> None:
+        kept, self.noop_index = self.noop_index, min(1, self.commit_index)
+        try:
+            super()._begin_read_round(now)
+        finally:
+            self.noop_index = kept
+
+
+class ChangesNotRefused(Raft):
+    """Changes of members are taken at any time, any number at once (raft-dev 2015)."""
+
+    def _refuse_members(self, configs: Any) -> str | None:
+        return None
+
+
+class LearnerCounted(Raft):
+    """What a learner has written counts for a commit."""
+
+    def _advance_leader_commit(self) -> None:
+        sync = self.config.sync
+        marks = [progress.durable if sync else progress.written for progress in self.progress.values()]
+        marks.append(self.durable_index if sync else self.written_index)
+        mark = sorted(marks, reverse=True)[majority(len(self.voters)) - 1]
+        commit = min(mark, self.written_index)
+        if commit > self.commit_index and 0 < self.noop_index <= commit:
+            self.commit_index = commit
+            self._effects.append(fx.Commit(commit))
+
+
+class RecoveringVoteCounts(Raft):
+    """A voter that may have forgotten what it acknowledged counts like any other (nats-server#7567)."""
+
+    def __init__(self, *rest: Any, **k: Any) -> None:
+        super().__init__(*rest, **{**k, "recovering": False})
+
+
+class VoteNotSynced(SimDisk):
+    """Term and vote are written and not synced: a power loss takes them back."""
+
+    _before: HardState | None = None
+
+    def _saved(self, incarnation: int, state: HardState) -> None:
+        self._before = self.saved
+        super()._saved(incarnation, state)
+
+    def lose_power(self) -> None:
+        if self._before is not None:
+            self.saved, self._before = self._before, None
+        super().lose_power()
+
+
+class SecondSyncTrusted(SimDisk):
+    """A failed sync is tried again, and the second one says that all is well (cockroach#37102, ATC'20)."""
+
+    def _fail(self) -> int:
+        if self._fails_at == "write":
+            return super()._fail()
+        assert self._sync is not None
+        self._fails_at = None
+        self.not_on_platter.update(range(self.durable + 1, self._sync.index + 1))
+        self._sync_done(self._node.incarnation, self._sync)
+        return 0
+
+    @property
+    def is_impaired(self) -> bool:
+        return self.recovering or self.has_failed or bool(self.log.bad)
+
+
+class CutBelowEvidence(SimDisk):
+    """Whatever does not read is a torn tail (nats-server#7549, FAST'18)."""
+
+    def evidence(self) -> int:
+        return 0
+
+
+class PageCacheTrusted(SimDisk):
+    """After a failed sync the next start reads from pages that the platter does not hold."""
+
+    def recover(self) -> list[Gap]:
+        if self.has_failed:
+            self.has_failed = False
+            self.not_on_platter.update(range(self.durable + 1, self.written + 1))
+        return super().recover()
+
+    @property
+    def is_impaired(self) -> bool:
+        return self.recovering or bool(self.log.bad)
+
+
+class RecoveringForgotten(SimDisk):
+    """A node killed while recovering believes to be whole at its next start."""
+
+    def process_ended(self) -> None:
+        super().process_ended()
+        self.recovering = False
+
+
+class BlankVotes(SimDisk):
+    """An empty folder under an old name votes like a member that has lost nothing (nats-server#2792)."""
+
+    def wipe(self) -> None:
+        super().wipe()
+        self.recovering = False
+
+
+class InstallForgetsVote(SimDisk):
+    """A transfer of segments brings a fresh folder, term and vote gone."""
+
+    def installed(self, source: SimDisk) -> None:
+        super().installed(source)
+        self.saved = HardState()
+
+
+class UncheckedLog(SimLog):
+    """Reads do not look at checksums."""
+
+    def entries(self, from_index: int, max_bytes: int) -> list[Entry]:
+        return [
+            msgspec.structs.replace(entry, frame=entry.frame[:-1] + bytes([entry.frame[-1] ^ 1]))
+            if entry.index in self.bad
+            else entry
+            for entry in MemoryLog.entries(self, from_index, max_bytes)
+        ]
+
+
+class DamageServed(SimDisk):
+    """A damaged entry goes out to a follower."""
+
+    log_class = UncheckedLog
+
+
+class RepairNotVerified(SimNode):
+    """A repair takes whatever a peer has at that index."""
+
+    def _fill(self, gap: Gap) -> bool:
+        for peer in self._peers_heard():
+            entries = [peer.log.peek(index) for index in range(gap.first, gap.last + 1)]
+            if all(entry is not None for entry in entries):
+                self.log.put(entry for entry in entries if entry is not None)
+                return True
+        return False
+
+
+class RepairGivesUp(SimNode):
+    """Silence is taken for "never had it" (nats-server#7549, #7556)."""
+
+    def _was_never_committed(self, gap: Gap) -> bool:
+        return True
+
+
+Bug = type[Raft] | type[SimDisk] | type[SimNode]
+
+
+def build_of(bug: Bug) -> Build:
+    """A world with this bug in the place of the right part."""
+    if issubclass(bug, Raft):
+        return Build(raft=bug)
+    if issubclass(bug, SimDisk):
+        return Build(disk=bug)
+    return Build(node=bug)
+
+
+PLANTED: dict[Bug, int] = {
+    MessagesNotHeld: 0,
+    VoteForgotten: 9,
+    SecondVote: 2,
+    LogNotCompared: 0,
+    OldTermsCounted: 0,
+    CommitBeforeQuorum: 0,
+    AcknowledgedBeforeWritten: 0,
+    LeaderCountsItselfAtTheCall: 0,
+    EveryAppendCuts: 4,
+    HintTooHigh: 2,
+    RejectionIgnored: 0,
+    DurableBeforeSync: 0,
+    StaleReadServed: 0,
+    ReadBeforeNoop: 2,
+}
+"""The bugs, and the first seed that finds each. `python -m tests.unit.chaos.planted` looks for them anew."""
+
+
+def first_seed(bug: Bug, seeds: int) -> int | None:
+    """The first seed that breaks a promise with this bug planted."""
+    return next((seed for seed in range(seeds) if not run_seed(seed, build=build_of(bug)).ok), None)
+
+
+def main() -> None:
+    for bug in PLANTED:
+        print(f"    {bug.__name__}: {first_seed(bug, 400)},", flush=True)
+
+
+if __name__ == "__main__":
+    main()
