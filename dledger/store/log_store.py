@@ -6,28 +6,30 @@ awaitable. What the core sees (`LogView`) changes at `accept` and `cut`; `writte
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import PurePosixPath
 
 import trio
 
-from dledger.core.types import Entry
-from dledger.errors import LogDamaged, StoreFailed
-from dledger.store.faults import EntryDamaged
+from dledger.core.types import Entry, EntryType
+from dledger.errors import StoreFailed
+from dledger.store.base import BaseRecord, write_base
+from dledger.store.failure import clear_failed, forget_cached_pages, mark_failed
 from dledger.store.format import LOG_FOLDER, ROWS_FOLDER, Format, read_format, write_format
-from dledger.store.manifest import Manifest
+from dledger.store.log_reader import LogReader
 from dledger.store.meta import MetaFile, format_meta
 from dledger.store.options import StoreOptions
 from dledger.store.recovery import RecoveredLog, recover_log
-from dledger.store.rows import DISK_FULL, ROW_BYTES, Row, row_of, suppress_disk_full, unpack_row
+from dledger.store.rows import DISK_FULL, ROW_BYTES, row_of
 from dledger.store.segments import Segment, create_segment, remove_segments, segment_bases
-from runtime.model import Env
+from dledger.store.staging import complete_install
+from runtime.model import Env, Files
 
+SLOW_WRITE_SECONDS = 0.050
+FAST_WRITES_TO_TRUST = 1000
 RECENT_BYTES_MAX = 16 * 1024 * 1024
 RECENT_ENTRIES_MAX = 4096
-_WALK_BYTES = 1 << 20
 
 
 def format_folder(env: Env, folder: str, identity: Format) -> None:
@@ -49,186 +51,66 @@ def is_blank(env: Env, folder: str) -> bool:
     return read_format(env.files, folder) is None and not segment_bases(env.files, folder)
 
 
-class LogStore:
+def _load(files: Files, folder: str, segment_bytes: int, durable_index: int, hint_is_evidence: bool) -> RecoveredLog:
+    """Recover, with at least one segment to write to."""
+    complete_install(files, folder)
+    forget_cached_pages(files, folder)
+    recovered = recover_log(files, folder, segment_bytes, durable_index, hint_is_evidence=hint_is_evidence)
+    if not recovered.segments:
+        first_base = recovered.base.first_base(segment_bytes)
+        recovered.segments.append(create_segment(files, folder, first_base, segment_bytes))
+    clear_failed(files, folder)
+    return recovered
+
+
+class LogStore(LogReader):
     """An open log. One task accepts, writes and cuts; anything may read between two awaits.
 
     `accept` puts entries into the log as the core sees it; `write` puts them into the page cache, or leaves them for
     the next `write` while the next segment is not there yet (`needs_spare`). Nothing here creates a file on the loop.
     """
 
-    def __init__(self, env: Env, folder: str, segment_bytes: int, meta: MetaFile, recovered: RecoveredLog) -> None:
-        self._env = env
-        self._folder = folder
-        self._segment_bytes = segment_bytes
+    def __init__(
+        self,
+        env: Env,
+        folder: str,
+        segment_bytes: int,
+        meta: MetaFile,
+        recovered: RecoveredLog,
+        options: StoreOptions,
+    ) -> None:
+        super().__init__(env, folder, segment_bytes, recovered, options)
+        self._monotonic = env.clock.monotonic
         self._meta = meta
-        self.faults = recovered.faults
-        self._segments = recovered.segments
-        self._spare: Segment | None = None
-        if len(self._segments) > 1 and not self._segments[-1].first_index:
-            self._spare = self._segments.pop()
-        self._by_base = {segment.base: segment for segment in self._segments}
-        self.first_index = max(1, self._segments[0].first_index)
-        self.first_position = self._segments[0].base
-        self.last_index = recovered.last.index
-        self.last_term = recovered.last.term
-        """Term of the last *stored* entry and nothing else (dledger#52)."""
-        self.last_head_crc = recovered.last.head_crc
-        self.position_end = recovered.last.end
-        self.written_index = self.last_index
         self.durable_index = self.last_index
         self._is_write_full = False
         self._is_spare_full = False
-        self._recent: dict[int, Entry] = {}
         self._recent_bytes = 0
         self._recent_first = self.last_index + 1
         self._unwritten: list[Entry] = []
-        self._rows: dict[int, bytes] = {}  # of entries that are not known to be durable yet, by index, ascending
         self._dirty: list[Segment] = []
-        self._disk = trio.Lock()  # a sync must not run on a file that a cut removes
         self._creating = trio.Lock()
+        self._writing = trio.Lock()  # of writes in a thread
+        self._disk = trio.Lock()  # a sync must not run on a file that a cut removes
+        self.is_slow = False
+        """A write took longer than 50 ms lately: `write_in_thread` is to be used instead of `write`."""
+        self._fast_writes = 0
+        self.last_write_seconds = 0.0
+        self.last_write_seconds = 0.0
 
     @classmethod
     async def open(
         cls, env: Env, folder: str, segment_bytes: int, meta: MetaFile, options: StoreOptions | None = None
     ) -> tuple[LogStore, RecoveredLog]:
-        """Recover the log in a thread. Checkpoint. Raises LogDamaged, or OSError where the folder cannot be used."""
-        recovered: RecoveredLog = await env.run_in_thread(
-            recover_log, env.files, folder, segment_bytes, meta.saved.durable_index
-        )
-        if not recovered.segments:
-            first = await env.run_in_thread(create_segment, env.files, folder, 0, segment_bytes)
-            recovered.segments.append(first)
-        return cls(env, folder, segment_bytes, meta, recovered), recovered
+        """Recover the log in a thread. Checkpoint. Raises LogDamaged, or OSError where the folder cannot be used.
 
-    # What the core asks (dledger.core.log.LogView).
-
-    def term_at(self, index: int) -> int | None:
-        """Term of an entry; 0 at index 0; None outside of the log. Raises LogDamaged."""
-        entry = self._recent.get(index)
-        if entry is not None:
-            return entry.term
-        if index == self.last_index:
-            return self.last_term
-        if index == 0:
-            return 0
-        return self._row(index).term if self.first_index <= index < self.last_index else None
-
-    def head_crc_at(self, index: int) -> int | None:
-        """Chain checksum of an entry; 0 at index 0; None outside of the log. Raises LogDamaged."""
-        entry = self._recent.get(index)
-        if entry is not None:
-            return entry.head_crc
-        if index == self.last_index:
-            return self.last_head_crc
-        if index == 0:
-            return 0
-        return self._row(index).head_crc if self.first_index <= index < self.last_index else None
-
-    def position_of(self, index: int) -> int | None:
-        """Where a retained entry begins; None outside of the log. Raises LogDamaged."""
-        entry = self._recent.get(index)
-        if entry is not None:
-            return entry.position
-        return self._row(index).position if self.first_index <= index <= self.last_index else None
-
-    def config_entries(self, after_index: int) -> list[tuple[int, bytes]]:
-        """(index, body) of the CONFIG entries behind `after_index`, ascending. Raises LogDamaged."""
-        raise NotImplementedError
-
-    def manifest(self) -> Manifest:
-        """The closed segments there are, for a peer's catch-up. Raises LogDamaged."""
-        raise NotImplementedError
-
-    async def read_chunk(self, base: int, offset: int, nbytes: int) -> bytes:
-        """Verified bytes of a closed segment, in a thread. Checkpoint. Raises LogDamaged, KeyError for a segment that
-        is not there (any more)."""
-        raise NotImplementedError
-
-    async def trim(self, position: int) -> None:
-        """Remove whole closed segments that end at or before `position`. Checkpoint. Raises StoreFailed (final)."""
-        raise NotImplementedError
-
-    @property
-    def is_slow(self) -> bool:
-        """A write took longer than 50 ms lately: `write_in_thread` is to be used instead of `write`."""
-        return False
-
-    async def write_in_thread(self) -> int:
-        """As `write`, off the loop; `write` does nothing meanwhile. Checkpoint."""
-        raise NotImplementedError
-
-    async def scrub(self, bytes_per_second: int) -> None:
-        """Verify the closed segments, again and again, once a day. Runs until cancelled. Raises EntryDamaged."""
-        raise NotImplementedError
-
-    def is_recent(self, index: int) -> bool:
-        """Whether `entries` finds this one in memory."""
-        return index in self._recent
-
-    def entries(self, from_index: int, max_bytes: int) -> Sequence[Entry]:
-        """Entries from `from_index` on, at least one where it exists, else no more than `max_bytes` of frames.
-
-        Verified when they come from the disk: raises LogDamaged.
+        Damage is no error here: it is in `RecoveredLog.faults`, and such a log may be read but not served.
         """
-        recent = self._recent
-        entry = recent.get(from_index)
-        if entry is None:
-            if not self.first_index <= from_index <= self.written_index:
-                return ()
-            return self._read_entries(from_index, max_bytes)
-        taken = [entry]
-        size = len(entry.frame)
-        index = from_index + 1
-        while (entry := recent.get(index)) is not None:
-            size += len(entry.frame)
-            if size > max_bytes:
-                break
-            taken.append(entry)
-            index += 1
-        return taken
-
-    def end_of(self, index: int) -> int:
-        """Position behind an entry; the log's start for the index before the first."""
-        if index == self.last_index:
-            return self.position_end
-        if index < self.first_index:
-            return self.first_position
-        entry = self._recent.get(index)
-        return entry.end if entry is not None else self._row(index).end
-
-    def _segment_of(self, index: int) -> Segment:
-        beyond = self.last_index + 1
-        number = bisect_right(self._segments, index, key=lambda segment: segment.first_index or beyond)
-        return self._segments[max(0, number - 1)]
-
-    def _row(self, index: int) -> Row:
-        for fault in self.faults:
-            if fault.first_index <= index <= (fault.last_index or index):
-                raise EntryDamaged(fault)
-        pending = self._rows.get(index)
-        row = unpack_row(pending) if pending is not None else self._segment_of(index).row(index)
-        return row if row is not None else self._find_row(index)
-
-    def _find_row(self, index: int) -> Row:
-        """Walk a segment for an entry whose side row is damaged, and write the row again."""
-        segment = self._segment_of(index)
-        position = segment.base
-        while True:
-            # To the segment's end: where the log ends may be what that row was to tell.
-            for entry in segment.read_frames(position, segment.end, _WALK_BYTES):
-                if entry.index == index:
-                    with suppress_disk_full():
-                        segment.write_rows(index, row_of(entry))
-                    return Row(index, entry.term, entry.position, len(entry.frame), entry.head_crc)
-                position = entry.end
-
-    def _read_entries(self, from_index: int, max_bytes: int) -> Sequence[Entry]:
-        position = self._row(from_index).position
-        entries = self._segment_of(from_index).read_frames(position, self.end_of(self.written_index), max_bytes)
-        for index, entry in enumerate(entries, from_index):
-            if entry.index != index:
-                raise LogDamaged(f"entry {entry.index} at position {entry.position}, where entry {index} should be")
-        return entries
+        options = options if options is not None else StoreOptions()
+        recovered: RecoveredLog = await env.run_in_thread(
+            _load, env.files, folder, segment_bytes, meta.saved.durable_index, options.hint_is_evidence
+        )
+        return cls(env, folder, segment_bytes, meta, recovered, options), recovered
 
     # Writing.
 
@@ -241,6 +123,8 @@ class LogStore:
             index = entry.index
             recent[index] = entry
             rows[index] = row_of(entry)
+            if entry.type == EntryType.CONFIG:
+                self._configs[index] = bytes(entry.body)
             added += len(entry.frame)
         self._unwritten.extend(entries)
         last = entries[-1]
@@ -253,46 +137,100 @@ class LogStore:
     def write(self) -> int:
         """Write what was accepted to the page cache, as far as there are segments for it; returns `written_index`.
 
-        Raises StoreFailed (final). A full disk is no failure: `disk_full` is set and the rest stays accepted.
+        Raises StoreFailed (final). A full disk is no failure: `disk_full` is set and the rest stays accepted. Does
+        nothing while a `write_in_thread` is under way.
         """
-        unwritten = self._unwritten
-        while unwritten:
-            segment = self._segments[-1]
-            first = unwritten[0]
-            if first.position >= segment.end:
-                if self._spare is None or self._spare.base != first.position:
-                    break
-                segment = self._roll(self._spare)
-            count = 1
-            end = first.end
-            for entry in unwritten[1:]:
-                if entry.position != end or entry.end > segment.end:
-                    break
-                end = entry.end
-                count += 1
-            try:
-                if count == 1:
-                    segment.file.pwrite(first.frame, first.position - segment.base)
-                else:
-                    frames = [entry.frame for entry in unwritten[:count]]
-                    segment.file.pwritev(frames, first.position - segment.base)
-            except OSError as error:
-                if error.errno not in DISK_FULL:
-                    raise StoreFailed(f"writing to {segment.file.path} failed: {error}") from error
-                self._is_write_full = True
+        if self._writing.locked():
+            return self.written_index
+        clock = self._monotonic
+        while self._unwritten:
+            segment, parts, offset = self._next_write()
+            if segment is None:
                 break
-            self._is_write_full = False
-            if not segment.first_index:
-                segment.first_index = first.index
-            if not self._dirty or self._dirty[-1] is not segment:
-                self._dirty.append(segment)
-            self.written_index = unwritten[count - 1].index
-            del unwritten[:count]
+            started = clock()
+            try:
+                if len(parts) == 1:
+                    segment.file.pwrite(parts[0], offset)
+                else:
+                    segment.file.pwritev(parts, offset)
+            except OSError as error:
+                self._write_failed(error)
+                break
+            took = self.last_write_seconds = clock() - started
+            if took > SLOW_WRITE_SECONDS:
+                self.is_slow, self._fast_writes = True, 0
+            self._has_written(segment, len(parts))
         if self._recent_bytes > RECENT_BYTES_MAX or len(self._recent) > RECENT_ENTRIES_MAX:
             self._forget_oldest()
         return self.written_index
 
+    async def write_in_thread(self) -> int:
+        """As `write`, off the loop, for a disk that holds writes up. Checkpoint.
+
+        After a thousand fast ones in a row `is_slow` is False again. No cut or trim happens meanwhile.
+        """
+        async with self._writing:
+            while self._unwritten:
+                segment, parts, offset = self._next_write()
+                if segment is None:
+                    break
+                started = self._monotonic()
+                try:
+                    await self._env.run_in_thread(segment.file.pwritev, parts, offset)
+                except OSError as error:
+                    self._write_failed(error)
+                    break
+                took = self.last_write_seconds = self._monotonic() - started
+                self._fast_writes = self._fast_writes + 1 if took <= SLOW_WRITE_SECONDS else 0
+                if self._fast_writes >= FAST_WRITES_TO_TRUST:
+                    self.is_slow, self._fast_writes = False, 0
+                self._has_written(segment, len(parts))
+            if self._recent_bytes > RECENT_BYTES_MAX or len(self._recent) > RECENT_ENTRIES_MAX:
+                self._forget_oldest()
+        await trio.lowlevel.checkpoint()
+        return self.written_index
+
+    def _next_write(self) -> tuple[Segment | None, list[bytes], int]:
+        """The next frames that lie back to back in one segment; no segment where there is none for them yet."""
+        unwritten = self._unwritten
+        segment = self._segments[-1]
+        first = unwritten[0]
+        if first.position >= segment.end:
+            if self._spare is None or self._spare.base != first.position:
+                return None, [], 0
+            segment = self._roll(self._spare)
+        parts = [first.frame]
+        end = first.end
+        for entry in unwritten[1:]:
+            if entry.position != end or entry.end > segment.end:  # a segment may end just where an entry does
+                break
+            parts.append(entry.frame)
+            end = entry.end
+        return segment, parts, first.position - segment.base
+
+    def _has_written(self, segment: Segment, count: int) -> None:
+        unwritten = self._unwritten
+        self._is_write_full = False
+        if not segment.first_index:
+            segment.first_index = unwritten[0].index
+        if not self._dirty or self._dirty[-1] is not segment:
+            self._dirty.append(segment)
+        self.written_index = unwritten[count - 1].index
+        del unwritten[:count]
+
+    def _write_failed(self, error: OSError) -> None:
+        if error.errno not in DISK_FULL:
+            raise self._failed(f"writing to the log in {self._folder} failed: {error}") from error
+        self._is_write_full = True
+
+    def _failed(self, text: str) -> StoreFailed:
+        """Leave a mark: the page cache may hold what the disk does not, and the next start must not believe it."""
+        mark_failed(self._env.files, self._folder, text)
+        return StoreFailed(text)
+
     def _roll(self, spare: Segment) -> Segment:
+        if self._options.mlock:
+            self._segments[-1].file.unlock_pages()
         self._segments.append(spare)
         self._by_base[spare.base] = spare
         self._spare = None
@@ -337,15 +275,19 @@ class LogStore:
                 return
             base = self._segments[-1].end
             try:
-                self._spare = await self._env.run_in_thread(
-                    create_segment, self._env.files, self._folder, base, self._segment_bytes
-                )
+                self._spare = await self._env.run_in_thread(self._create_spare, base)
             except OSError as error:
                 if error.errno not in DISK_FULL:
                     raise StoreFailed(f"creating a segment in {self._folder} failed: {error}") from error
                 self._is_spare_full = True
             else:
                 self._is_spare_full = False
+
+    def _create_spare(self, base: int) -> Segment:
+        spare = create_segment(self._env.files, self._folder, base, self._segment_bytes, warm=self._options.warm)
+        if self._options.mlock:
+            spare.file.lock_pages()
+        return spare
 
     @property
     def unsynced(self) -> bool:
@@ -363,7 +305,7 @@ class LogStore:
                     self.durable_index = target
                 self._flush_rows()
             except OSError as error:
-                raise StoreFailed(f"sync of the log in {self._folder} failed: {error}") from error
+                raise self._failed(f"sync of the log in {self._folder} failed: {error}") from error
             return self.durable_index
 
     def _flush_rows(self) -> None:
@@ -392,7 +334,7 @@ class LogStore:
         The evidence that these entries were durable goes first, so that a crash in between leaves a torn tail and not
         damage. What is removed is overwritten with zeros, so it never comes back. Raises StoreFailed (final).
         """
-        async with self._creating, self._disk:
+        async with self._creating, self._writing, self._disk:
             old_end = self.position_end
             term, head_crc = self.term_at(from_index - 1), self.head_crc_at(from_index - 1)
             if from_index > self.last_index or term is None or head_crc is None:
@@ -405,6 +347,8 @@ class LogStore:
                 if dropped is not None:
                     self._recent_bytes -= len(dropped.frame)
                 self._rows.pop(index, None)
+                self._configs.pop(index, None)
+            self._recovered_last = min(self._recovered_last, from_index - 1)
             self._unwritten = [entry for entry in self._unwritten if entry.index < from_index]
             self.last_index = from_index - 1
             self.last_term, self.last_head_crc, self.position_end = term, head_crc, new_end
@@ -443,32 +387,45 @@ class LogStore:
         active.zero(max(new_end - active.base, 0), min(old_end, active.end) - active.base)
         active.file.sync_now()
 
-    # Reading by position.
+    async def trim(self, position: int) -> None:
+        """Remove whole segments that end at or before `position`. Checkpoint. Raises StoreFailed (final).
 
-    def read(self, position: int, nbytes: int) -> memoryview | None:
-        """A slice of the map; None where no segment holds all of it."""
-        offset = position % self._segment_bytes
-        segment = self._by_base.get(position - offset)
-        if segment is None or offset + nbytes > self._segment_bytes:
-            return None
-        return segment.view[offset : offset + nbytes]
+        The active segment stays and so does the closed one before it: a cut may have to go back into it. What was
+        before the new start is kept on stable storage first, so that the chain can still be compared there.
+        """
+        async with self._creating, self._writing, self._disk:
+            count = sum(1 for segment in self._segments[:-2] if segment.end <= position)
+            if not count:
+                return
+            last = self._segments[count].first_index - 1
+            try:
+                base = await self._env.run_in_thread(self._base_at, last)
+                await self._env.run_in_thread(write_base, self._env.files, self._folder, base)
+                removed, self._segments[:count] = self._segments[:count], []
+                self._base = base
+                self.first_index = last + 1
+                self.first_position = self._segments[0].base
+                for segment in removed:
+                    del self._by_base[segment.base]
+                for index in [index for index in self._configs if index <= last]:
+                    del self._configs[index]
+                while self._recent_first <= last and self._recent_first in self._recent:
+                    self._recent_bytes -= len(self._recent.pop(self._recent_first).frame)
+                    self._recent_first += 1
+                self._dirty = [segment for segment in self._dirty if segment not in removed]
+                for index in [index for index in self._rows if index <= last]:
+                    del self._rows[index]
+                bases = [segment.base for segment in removed]
+                await self._env.run_in_thread(remove_segments, self._env.files, self._folder, bases)
+            except OSError as error:
+                raise StoreFailed(f"trimming the log in {self._folder} failed: {error}") from error
+            for segment in removed:
+                segment.retire()
 
-    def read_cached(self, position: int, nbytes: int) -> bytes | None:
-        """A copy of what `read` shows, or None where it would have to come from the disk."""
-        offset = position % self._segment_bytes
-        segment = self._by_base.get(position - offset)
-        if segment is None or offset + nbytes > self._segment_bytes:
-            return None
-        return segment.file.pread_nowait(nbytes, offset)
-
-    async def read_in_thread(self, position: int, nbytes: int) -> bytes | None:
-        """As `read`, without a page fault on the loop. Checkpoint."""
-        offset = position % self._segment_bytes
-        segment = self._by_base.get(position - offset)
-        if segment is None or offset + nbytes > self._segment_bytes:
-            await trio.lowlevel.checkpoint()
-            return None
-        return await segment.file.pread_in_thread(nbytes, offset)
+    def _base_at(self, index: int) -> BaseRecord:
+        term, head_crc = self.term_at(index), self.head_crc_at(index)
+        assert term is not None and head_crc is not None
+        return BaseRecord(index, term, head_crc, self.end_of(index))
 
     async def close(self) -> None:
         """Sync everything, rows included, and close the files. Checkpoint. Raises StoreFailed."""

@@ -314,11 +314,7 @@ def _open_hole(segment: Segment, offset: int, entry: Entry | None, walk: Walk) -
     nonzero = segment.nonzero_from(offset)
     if nonzero is None and segment.is_readable:
         return False
-    head, _ = read_around(segment.file, HEADER_BYTES, offset)
-    if not head.strip(b"\0") and segment.is_readable:
-        walk.open_hole("the entry is missing", contradicts=True)
-    else:
-        walk.open_hole("the entry is damaged", contradicts=False, unreadable=not segment.is_readable)
+    walk.open_hole("the entry is damaged", contradicts=False, unreadable=not segment.is_readable)
     return True
 
 
