@@ -14,20 +14,15 @@ def bytes_behind(log: LogView, index: int, position_end: int) -> int | None:
     return None if position is None else position_end - position
 
 
-def is_far_behind(log: LogView, index: int, position_end: int, config: RaftConfig) -> bool:
-    """Should a peer that ends at `index` get segments? Only if there are closed ones behind its end."""
-    behind = bytes_behind(log, index, position_end)
-    return behind is not None and behind > config.segments_behind_bytes and behind > position_end % config.segment_bytes
+def first_to_send(log: LogView, commit_index: int, position_end: int, config: RaftConfig) -> int:
+    """The first entry that is sent as an entry again: closed segments hold everything before it, and it is committed.
 
-
-def first_to_send(log: LogView, position_end: int, config: RaftConfig) -> int:
-    """The first entry that is sent as an entry again: closed segments hold everything before it.
-
-    Half of the allowed distance is left, so that the peer is not far behind again at once.
+    Half of the allowed distance is left, so that the peer is not far behind again at once. Only what is committed is
+    fetched as segments, and the missing peer may be the one without which nothing gets committed.
     """
     closed_end = position_end - position_end % config.segment_bytes
     wanted = min(closed_end, position_end - config.segments_behind_bytes // 2)
-    low, high = log.first_index, log.last_index + 1
+    low, high = log.first_index, commit_index + 1
     while low < high:
         middle = (low + high) // 2
         position = log.position_of(middle)
@@ -36,3 +31,11 @@ def first_to_send(log: LogView, position_end: int, config: RaftConfig) -> int:
         else:
             high = middle
     return low
+
+
+def is_far_behind(log: LogView, index: int, commit_index: int, position_end: int, config: RaftConfig) -> bool:
+    """Should a peer that ends at `index` get segments? Only if they bring it further."""
+    behind = bytes_behind(log, index, position_end)
+    if behind is None or behind <= config.segments_behind_bytes:
+        return False
+    return index + 1 < first_to_send(log, commit_index, position_end, config)

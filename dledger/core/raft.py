@@ -39,9 +39,16 @@ carry the predecessor too, so an idle group converges without new proposals (bra
 commits is bounded by `verified`, the highest entry known to match the leader of the term (rabbitmq/ra#508).
 
 *Pipelining*. Per peer: PROBE (one message at a time until the logs are known to agree), REPLICATE (send ahead,
-`next_index` moves back only on a rejection), SEGMENTS (the peer ends before our first entry). Window 64 messages or 8
-MiB. Heartbeats and commit news pass the window by. Replies carry term and sequence; those of another term, from before
-a rejection or from an old connection are dropped.
+`next_index` moves back only on a rejection), SEGMENTS (the peer ends before our first entry, or too far behind). Window
+64 messages or 8 MiB. Heartbeats and commit news pass the window by. Replies carry term and sequence; those of another
+term, from before a rejection or from an old connection are dropped.
+
+*Segments* (raft.md 4.7). To a peer in SEGMENTS goes one `SegmentsOffer` at each heartbeat, and no entry. It names the
+first entry that the leader will send itself; what is before that, the peer's driver fetches as whole segments, from
+whom it likes, while the peer goes on following: the offer counts as hearing the leader, and its answer, a rejection
+that names the peer's last entry, for check-quorum. Once that entry reaches what was offered and can agree with ours,
+the peer is probed as any other. Nothing is cut on the way, and a gap is never bridged, for entries still need their
+predecessor.
 
 *Written and durable*. A replica reports both marks. The quorum counts `durable` when the group syncs, else `written`;
 the leader's own mark counts like any other, when its own disk reports it and never at the append call (etcd#14370).
@@ -53,6 +60,27 @@ leader's, `verified`, and its own written mark, so `Commit` never names bytes th
 *Check-quorum*. A leader that a quorum has not answered for the minimum election timeout steps down: it could not commit
 anyway, and its clients should look elsewhere.
 
+*Reads* (dissertation 6.4). A leader may have been replaced without knowing it. Before it vouches for a read, it
+takes its commit index (once its no-op is committed, so that nothing acknowledged in an older term is missing) and waits
+until a quorum has answered a message sent after the read came: then nobody else was elected before it came. All reads
+that gathered meanwhile share a round, of one message for each voter. Losing leadership refuses all that wait.
+
+*Members* (Raft 6, dissertation 4; `membership.py`). The members in force are those of the last CONFIG entry in the log,
+committed or not, on every node; a cut brings the former ones back. Everything that counts (votes, commit, check-quorum,
+reads) counts the voters in force at that very moment, and the node itself only if it is one of them. Each entry moves
+one member, so quorums before and after share a node. Two such entries by two leaders need not share one, though
+(raft-dev 2015): hence a leader proposes one only behind its committed no-op, and while no other is open. A node joins
+as a learner, which gets entries and does not count, and is promoted when it is near. A change whose voters could not
+commit anything because too few are alive is refused, as there would be no way back.
+
+Requests are answered without looking at the members, the sender's or our own (dissertation 4.1): either of us may have
+become one by an entry we have not got. It is the asker that counts. So a learner votes when asked (etcd found that it
+must), and nobody asks it unless it has been promoted. Whoever is no voter does not campaign, except that the entry
+which removed it may be cut and the others need its log until that is committed (dissertation 4.2.2); its own vote does
+not count then. A leader that removes itself leads until the entry is committed, and names a successor. A removed peer
+is kept informed until then; one that was away is told when it asks for votes and stops asking. Its requests depose
+nobody who hears a leader (dissertation 4.2.3).
+
 *Late ticks*. A node that was stopped or starved must listen before it acts: a timer found late by more than half an
 election timeout is set anew instead of firing.
 
@@ -60,9 +88,14 @@ election timeout is set anew instead of firing.
 TimeoutNow with a ticket. The target runs a pre-vote with that ticket, which voters honour although they hear a leader;
 so a transfer to an unfit target leaves everybody in its role. After one election timeout the leader goes on leading.
 
+*Preferred leaders*. A priority shortens a node's random delay before a campaign, and lets a leader that has led
+undisturbed for 30 s transfer to a voter of higher priority that is connected, near and has a working disk. It deposes
+nobody.
+
 *Recovering*. With asynchronous flush a power loss can make a node forget what it acknowledged. Such a node is started
-as `recovering`: its votes count only if every member grants (see `Ballot`), until a leader whose commit index lies in
-its own term has confirmed our log up to that index.
+as `recovering`: its votes count only if every voter grants (see `Ballot`), until a leader whose commit index lies in
+its own term has confirmed our log up to that index, or the operator accepts the loss. So is a node with an empty folder
+under a known name: it may have acknowledged anything (nats-server#2792).
 """
 
 from __future__ import annotations
@@ -1018,7 +1051,7 @@ class Raft:
             has_more = True
         if message.ok:
             if progress.state is PeerState.PROBE and seq >= progress.probe_seq:
-                if is_far_behind(self.log, progress.written, self.position_end, self.config):
+                if self._is_far_behind(progress.written):
                     self._offer_segments(progress, PeerCause.FAR_BEHIND)
                 else:
                     progress.change(PeerCause.MATCHED)
@@ -1046,7 +1079,7 @@ class Raft:
                 progress.next_index = agreed + 1
         elif not can_agree or agreed + 1 < self.log.first_index:
             self._offer_segments(progress, PeerCause.BELOW_FIRST)
-        elif is_far_behind(self.log, agreed, self.position_end, self.config):
+        elif self._is_far_behind(agreed):
             self._offer_segments(progress, PeerCause.FAR_BEHIND)
         else:
             progress.change(PeerCause.REJECTED)
@@ -1056,8 +1089,11 @@ class Raft:
 
     def _offer_segments(self, progress: Progress, cause: PeerCause) -> None:
         progress.change(cause)
-        progress.segments_until = first_to_send(self.log, self.position_end, self.config)
+        progress.segments_until = first_to_send(self.log, self.commit_index, self.position_end, self.config)
         progress.next_index = progress.segments_until
+
+    def _is_far_behind(self, index: int) -> bool:
+        return is_far_behind(self.log, index, self.commit_index, self.position_end, self.config)
 
     # Sending
 

@@ -217,15 +217,37 @@ def test_bytes_behind_a_peer() -> None:
 def test_nobody_is_far_behind_within_the_open_segment() -> None:
     log = far_behind(1)["n0"].log
     config = RaftConfig(segment_bytes=100_000, segments_behind_bytes=10)
-    assert not is_far_behind(log, 0, log.position_end, config)
-    assert is_far_behind(log, 0, log.position_end, RaftConfig(segment_bytes=100, segments_behind_bytes=10))
+    assert not is_far_behind(log, 0, 2, log.position_end, config)
+    assert is_far_behind(log, 0, 2, log.position_end, RaftConfig(segment_bytes=100, segments_behind_bytes=10))
 
 
 def test_what_is_sent_begins_at_an_entry_we_have() -> None:
     log = make_log(*(1,) * 30)
     config = RaftConfig(segment_bytes=64, segments_behind_bytes=0)
     log.trim(5)
-    first = first_to_send(log, log.position_end, config)
-    assert log.first_index <= first <= log.last_index + 1
+    first = first_to_send(log, 30, log.position_end, config)
+    assert log.first_index < first <= log.last_index + 1
     whole = RaftConfig(segments_behind_bytes=1 << 30)
-    assert first_to_send(log, log.position_end, whole) == log.first_index
+    assert first_to_send(log, 30, log.position_end, whole) == log.first_index
+
+
+def test_only_what_is_committed_comes_as_segments() -> None:
+    """Found by a random run: a leader whose quorum was far behind offered what only that quorum could commit."""
+    log = make_log(*(1,) * 30)
+    config = RaftConfig(segment_bytes=64, segments_behind_bytes=0)
+    assert first_to_send(log, 7, log.position_end, config) == 8
+    assert not is_far_behind(log, 7, 7, log.position_end, config)
+    assert is_far_behind(log, 6, 7, log.position_end, config)
+
+
+def test_4_7_a_quorum_that_is_far_behind_gets_entries() -> None:
+    """n0 alone has a long log and knows of no commit: what it lacks to commit must come from the others."""
+    group = far_behind(60)
+    for name in ("n1", "n2"):
+        group[name].log = MemoryLog()
+        group[name].boot()
+    group["n0"].boot(commit_index=0)
+    group.elect("n0")
+    group.run(1.0)
+    assert {group.raft(name).commit_index for name in group.names} == {group.raft("n0").last_index}
+    assert needs(group, "n1") == []

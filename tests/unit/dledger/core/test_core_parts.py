@@ -14,7 +14,7 @@ from dledger.core.errors import LocalError
 from dledger.core.events import Tick
 from dledger.core.invariants import InvariantBroken, Watch
 from dledger.core.log import MemoryLog
-from dledger.core.membership import Members
+from dledger.core.membership import AddLearner, Members, Remove
 from dledger.core.progress import Progress
 from dledger.core.quorum import majority, quorum_mark
 from dledger.core.raft import Raft
@@ -213,3 +213,98 @@ def test_a_watch_notices_wrong_progress(name: str, value: int) -> None:
     setattr(group.raft("n0").progress["n1"], name, value)
     with pytest.raises(InvariantBroken):
         Watch(group.raft("n0")).check()
+
+
+def grown() -> Group:
+    group = Group(4, voters=3)
+    group.elect("n0")
+    group["n0"].change(AddLearner("n3", ("h", 1)))
+    group.settle()
+    return group
+
+
+def test_a_watch_notices_a_voter_that_was_never_added() -> None:
+    group = grown()
+    group.raft("n1").voters = ("n0", "n1", "n2", "n3")
+    with pytest.raises(InvariantBroken, match="one list counts"):
+        Watch(group.raft("n1")).check()
+
+
+def test_a_watch_notices_a_config_entry_that_is_not_in_the_log() -> None:
+    group = grown()
+    raft = group.raft("n1")
+    raft.configs.append(99, raft.members)
+    with pytest.raises(InvariantBroken, match="is in the log"):
+        Watch(raft).check()
+
+
+def test_a_watch_notices_a_change_taken_for_committed() -> None:
+    group = grown()
+    group["n0"].change(Remove("n3"))
+    group.deliver(group.take())
+    raft = group.raft("n1")
+    raft._open_config = 0
+    with pytest.raises(InvariantBroken, match="open until committed"):
+        Watch(raft).check()
+
+
+def test_a_watch_notices_a_learner_that_campaigns() -> None:
+    group = grown()
+    group.raft("n3").role = Role.CANDIDATE
+    with pytest.raises(InvariantBroken, match="only a voter"):
+        Watch(group.raft("n3")).check()
+
+
+def test_a_watch_notices_two_members_changed_at_once() -> None:
+    group = grown()
+    raft = group.raft("n0")
+    raft.configs.append(raft.last_index, Members(["n0", "n3"]))
+    raft._open_config = raft.last_index
+    raft._note_members()
+    with pytest.raises(InvariantBroken, match=r"open until|one member at a time"):
+        Watch(raft).check()
+
+
+def test_a_watch_notices_two_open_changes_of_a_leader() -> None:
+    group = grown()
+    group.isolate("n0")
+    raft = group.raft("n0")
+    group["n0"].change(Remove("n3"))
+    group["n0"].propose()
+    raft.configs.append(raft.last_index, Members(["n0", "n1"]))
+    raft._change_members()
+    with pytest.raises(InvariantBroken, match="one change of members at a time"):
+        Watch(raft).check()
+
+
+@pytest.mark.parametrize(("peer", "promise"), [("n1", "tracks every member"), ("n9", "tracks members only")])
+def test_a_watch_notices_who_is_tracked_wrongly(peer: str, promise: str) -> None:
+    group = grown()
+    progress = group.raft("n0").progress
+    if peer in progress:
+        del progress[peer]
+    else:
+        progress[peer] = Progress(peer, 1, group.now, is_connected=True)
+    with pytest.raises(InvariantBroken, match=promise):
+        Watch(group.raft("n0")).check()
+
+
+def test_a_watch_notices_a_commit_without_a_quorum_of_the_voters() -> None:
+    """n0 and the learner have the entry: two nodes, one voter."""
+    group = grown()
+    group.isolate("n1", "n2")
+    watch = Watch(group.raft("n0"))
+    index = group["n0"].propose()
+    group.settle()
+    assert group.raft("n0").progress["n3"].written == index
+    watch.check()
+    group.raft("n0").commit_index = index
+    with pytest.raises(InvariantBroken, match="a quorum of the voters"):
+        watch.check()
+
+
+def test_a_watch_notices_reads_that_outlive_a_leader() -> None:
+    group = grown()
+    group.raft("n1")._reads.add(1)
+    with pytest.raises(InvariantBroken, match="keeps reads"):
+        Watch(group.raft("n1")).check()
