@@ -69,6 +69,8 @@ APPLY_BYTES_MAX = 2 * 1024 * 1024
 """What one turn applies at most; a longer catch-up is spread over turns, so that the loop stays responsive."""
 APPLY_SECONDS_MAX = 0.020
 APPLY_CHECK_EVERY = 16
+APPLY_SAMPLE_EVERY = 8
+"""Turns whose application is timed: a look at the clock is not for nothing when one send follows the other."""
 COMMIT_NEWS_SECONDS = 0.002
 HOUSEKEEPING_SECONDS = 0.25
 DISK_FULL_RETRY_SECONDS = 1.0
@@ -194,7 +196,7 @@ class Driver:
             propose=self._propose_trim,
             applied=lambda: self.applied_index,
             leased=leased_position,
-            removed=self.feed.forget,
+            removed=self._segments_removed,
         )
         self.retention.trimmed_position = replay.trimmed_position
         self.retention.checkpoint_saved(checkpoint_index)
@@ -533,10 +535,9 @@ class Driver:
             if self._is_writing or store.is_slow:
                 self._write_kick.set()
             else:
-                started = self._monotonic()
                 store.write()
-                self.measures.write.record(self._monotonic() - started)
-                self._has_written()
+                self.measures.write.record(store.last_write_seconds)
+            self._has_written()
             if store.unwritten:
                 self._watch_write()
         elif self._watched_index >= 0:
@@ -562,6 +563,11 @@ class Driver:
         if written_index != self._watched_index:
             self._watched_index = written_index
             self.disk.begin(LOG_WRITE)
+
+    def _segments_removed(self) -> None:
+        """Nothing was written meanwhile, and what was read before may be gone."""
+        self.feed.forget()
+        self.wake()
 
     def _step_mark(self, kind: type[Written] | type[Durable], now: float, index: int) -> bool:
         term = self.store.term_at(index)
@@ -855,7 +861,8 @@ class Driver:
         """Up to `applied_index`. What hangs on entries that the machine is not shown follows here."""
         if applied:
             self.counters["entries_applied"] += applied
-            self.measures.apply.record(self._monotonic() - started)
+            if not self.turns % APPLY_SAMPLE_EVERY:
+                self.measures.apply.record(self._monotonic() - started)
         trims = self._trims
         while trims and trims[0].index <= self.applied_index:
             entry = trims.popleft()
@@ -880,8 +887,10 @@ class Driver:
                 self._keep_marked,
                 self._keep_spare,
                 self._keep_recovered,
+                self._keep_scrubbed,
                 self._keep_time,
                 self.feed.run,
+                self.retention.run,
                 self.disk.run,
             ):
                 nursery.start_soon(self._serve, service)
@@ -898,6 +907,7 @@ class Driver:
         self._tell_transfer("this node stops")
         self._machine.turn_done()
         self._machine.stopped()
+        await trio.lowlevel.checkpoint_if_cancelled()  # whoever ends us does not want to hear of it any more
         if self._leaving is not None and not self._is_stopping:
             raise Reopen(self._leaving)
 
@@ -1018,12 +1028,11 @@ class Driver:
             while store.unwritten and self._cut is None and store.written_index != written_index:
                 written_index = store.written_index
                 self._is_writing = True
-                started = self._monotonic()
                 try:
                     await store.write_in_thread()
                 finally:
                     self._is_writing = False
-                self.measures.write.record(self._monotonic() - started)
+                self.measures.write.record(store.last_write_seconds)
                 self.counters["writes_in_thread"] += 1
                 self._has_written()
                 self.pump()

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 from attrs import evolve
 
+from dledger import retention
 from dledger.config import GroupConfig
 from dledger.core.types import EntryType, frame_entry
+from dledger.driver import Driver
+from dledger.errors import LedgerError, NotLeader
+from dledger.peers import Peers
 from dledger.retention import Closed, Plan, Situation, decide, decode_trim, encode_trim, trim_base
+from runtime.files import RealFiles
+from runtime.testing import wait_until
+from tests.unit.dledger.dledger_toy import Node, ToyCluster, toy_env
 
 HOUR_MS = 3_600_000
 NOW_MS = 1_700_000_000_000
@@ -114,3 +123,229 @@ def test_a_trim_keeps_the_segment_of_its_byte_and_its_own() -> None:
     assert trim_base(trim(2 * SEGMENT), SEGMENT) == 2 * SEGMENT
     assert trim_base(trim(3 * SEGMENT - 1), SEGMENT) == 2 * SEGMENT
     assert trim_base(trim(1 << 50), SEGMENT) == 5 * SEGMENT, "never past itself"
+
+
+# Whole groups
+
+
+@asynccontextmanager
+async def cluster(tmp_path: Path, size: int = 3, **settings: Any) -> AsyncIterator[ToyCluster]:
+    fast = {
+        "heartbeat_ms": 20,
+        "election_timeout_ms_min": 150,
+        "election_timeout_ms_max": 300,
+        "segment_bytes": SEGMENT,
+        "delete_hour": -1,
+    }
+    async with trio.open_nursery() as nursery:
+        toy = ToyCluster(toy_env(tmp_path), tmp_path, nursery, size, **{**fast, **settings})
+        await toy.start()
+        yield toy
+        nursery.cancel_scope.cancel()
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retention, "REMOVE_SECONDS", 0.02)
+
+
+def driver_of(node: Node) -> Driver:
+    driver = node.running._driver
+    assert driver is not None
+    return driver
+
+
+async def fill(toy: ToyCluster, segments: int, stamp_ms: int = 0) -> None:
+    """Put records, each stamped, until the log has grown by so many segments."""
+    leader = await toy.leader()
+    end = leader.running.end_position + segments * SEGMENT
+    number = 0
+    while leader.running.end_position < end:
+        outcomes: list[str] = []
+        for _ in range(200):
+            number += 1
+            leader.machine.put(leader.running, b"%013d.%d" % (stamp_ms, number), outcomes.append)
+        await wait_until(lambda told=outcomes: len(told) == 200, what="commits")  # type: ignore[misc]
+    await toy.level()
+
+
+def save_checkpoints(toy: ToyCluster) -> None:
+    """Two, since a log must reach back to the older one."""
+    for node in toy.alive():
+        for _ in range(2):
+            node.running.save_checkpoint(*node.machine.checkpoint())
+
+
+async def wait_for_removal(toy: ToyCluster, position: int) -> None:
+    await wait_until(
+        lambda: all(node.running.first_position == position for node in toy.alive()), what=f"logs from {position} on"
+    )
+
+
+async def test_a_trim_is_applied_by_all_and_after_a_restart(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as toy:
+        await fill(toy, 5)
+        leader = await toy.leader()
+        position = driver_of(leader).trim_to(2 * SEGMENT + 100)
+        assert position == 2 * SEGMENT
+        await wait_until(lambda: all(node.machine.trims == [position] for node in toy.alive()), what="the trim")
+        assert all(node.machine.checkpoints_wanted for node in toy.alive())
+        assert all(node.running.first_position == 0 for node in toy.alive()), "no checkpoint covers them yet"
+        assert leader.running.statistics().trimmed_position == position
+        save_checkpoints(toy)
+        await wait_for_removal(toy, position)
+        assert leader.running.read(position - 1, 1) is None and leader.running.read(position, 64) is not None
+        await wait_until(lambda: leader.running.statistics().counters["trimmed_bytes"] == position, what="its count")
+        counters = leader.running.statistics().counters
+        assert (counters["trims"], counters["lost_to_trim"]) == (1, 0)
+        assert sorted(path.name for path in (leader.folder / "log").iterdir())[0] == f"{position:020d}"
+        for node in list(toy.nodes.values()):
+            await node.kill()
+        for node in toy.nodes.values():
+            await node.start()
+        await toy.put(b"after")
+        await toy.level()
+        for node in toy.alive():
+            assert node.running.first_position == position
+            first_index = node.running.statistics().first_index
+            assert first_index > 1 and node.machine.begins == [(first_index, position)]
+            assert node.machine.applied[-1].startswith(b"after")
+        again = driver_of(await toy.leader()).trim_to(3 * SEGMENT)
+        save_checkpoints(toy)
+        await wait_for_removal(toy, again)
+
+
+async def test_a_trim_that_is_replayed_is_shown_again(tmp_path: Path) -> None:
+    async with cluster(tmp_path, 1) as toy:
+        await fill(toy, 5)
+        node = toy.nodes["n0"]
+        position = driver_of(node).trim_to(SEGMENT)
+        await wait_until(lambda: node.machine.trims == [position], what="the trim")
+        await toy.put(b"after")  # so that the trim is known to be committed
+        await toy.put(b"and after")
+        await node.kill()
+        await node.start()
+        await toy.leader()
+        assert node.machine.trims == [position] and node.running.first_position == 0
+        assert node.running.statistics().trimmed_position == position
+        save_checkpoints(toy)
+        await wait_for_removal(toy, position)
+
+
+async def test_what_is_older_than_the_retention_goes_when_asked(tmp_path: Path) -> None:
+    async with cluster(tmp_path, delete_hour=25 % 24, retention_hours=1.0) as toy:
+        now_ms = toy.env.clock.wall_ms()
+        await fill(toy, 3, now_ms - 2 * HOUR_MS)
+        await fill(toy, 4, now_ms)
+        leader = await toy.leader()
+        driver_of(leader).delete_expired()
+        await wait_until(lambda: all(node.machine.trims for node in toy.alive()), what="the trim")
+        position = leader.machine.trims[0]
+        # A segment's age is that of the first message behind it.
+        assert 2 * SEGMENT <= position <= 3 * SEGMENT
+        save_checkpoints(toy)
+        await wait_for_removal(toy, position)
+        with pytest.raises(NotLeader):
+            driver_of(next(node for node in toy.alive() if node is not leader)).delete_expired()
+
+
+async def test_the_newest_closed_segments_and_what_the_machine_needs_stay(tmp_path: Path) -> None:
+    async with cluster(tmp_path, 1) as toy:
+        await fill(toy, 5)
+        node = toy.nodes["n0"]
+        driver = driver_of(node)
+        end = node.running.end_position - node.running.end_position % SEGMENT
+        node.machine.floor = SEGMENT + 5
+        assert driver.trim_to(1 << 50) == SEGMENT, "messages that are not delivered yet"
+        node.machine.floor = 0
+        with pytest.raises(LedgerError, match="no closed segment"):
+            driver.trim_to(1 << 50)
+        await wait_until(lambda: node.machine.trims == [SEGMENT], what="the first trim")
+        assert driver.trim_to(1 << 50, is_forced=True) == end - 2 * SEGMENT
+        await wait_until(lambda: node.machine.trims == [SEGMENT, end - 2 * SEGMENT], what="the forced one")
+        assert node.running.statistics().counters["lost_to_trim"] == end - 3 * SEGMENT
+
+
+async def test_a_disk_that_fills_up_forces_a_trim_and_counts_what_it_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = 100 * SEGMENT
+    free = [50 * SEGMENT]
+    monkeypatch.setattr(RealFiles, "free_space", lambda self, path: (free[0], total))
+    async with cluster(tmp_path) as toy:
+        await fill(toy, 6, toy.env.clock.wall_ms())
+        leader = await toy.leader()
+        for node in toy.alive():
+            node.machine.floor = SEGMENT
+        driver_of(leader).delete_expired()
+        await trio.sleep(0.1)
+        assert not leader.machine.trims, "nothing is old, and there is room"
+        free[0] = 13 * SEGMENT
+        driver_of(leader).delete_expired()
+        await wait_until(lambda: all(node.machine.trims for node in toy.alive()), what="the trim")
+        assert leader.machine.trims == [2 * SEGMENT], "as much as brings the disk back below 85 %"
+        for node in toy.alive():
+            assert node.running.statistics().counters["lost_to_trim"] == SEGMENT, node.node_id
+        driver_of(leader).delete_expired()
+        await trio.sleep(0.1)
+        assert leader.machine.trims == [2 * SEGMENT], "it waits for the removal, and does not ask for more meanwhile"
+
+
+async def test_a_node_without_a_leader_trims_alone_and_leads_only_after_the_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = [50]
+    monkeypatch.setattr(RealFiles, "free_space", lambda self, path: (free[0], 100))
+    monkeypatch.setattr(retention, "DECIDE_SECONDS", 0.05)
+    monkeypatch.setattr(retention, "ALONE_AFTER_SECONDS", 0.1)
+    async with cluster(tmp_path) as toy:
+        await fill(toy, 6, toy.env.clock.wall_ms())
+        save_checkpoints(toy)
+        await toy.leader()
+        lone, *rest = toy.alive()
+        for node in rest:
+            await node.kill()
+        await wait_until(lambda: lone.running.leader_id is None, what="the leader to be gone")
+        free[0] = 10
+        await wait_until(lambda: lone.running.first_position > 0, what="segments to go")
+        assert lone.running.statistics().counters["trimmed_alone"] >= 1
+        await wait_until(lambda: not lone.running.statistics().disk_ok, what="the node to be unfit")
+        free[0] = 50
+        trimmed = lone.machine.trims[-1]
+        for node in rest:
+            await node.start()
+        leader = await toy.leader()
+        assert leader is not lone
+        driver_of(leader).trim_to(trimmed)
+        await wait_until(lambda: lone.running.statistics().disk_ok, what="the group's trim")
+
+
+async def test_nothing_is_trimmed_while_a_member_runs_an_older_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster(tmp_path) as toy:
+        await fill(toy, 5)
+        leader = await toy.leader()
+        monkeypatch.setattr(Peers, "oldest_version", property(lambda self: 1))
+        driver = driver_of(leader)
+        last_index = driver.store.last_index
+        driver.trim_to(SEGMENT)
+        await trio.sleep(0.1)
+        assert driver.store.last_index == last_index and not leader.machine.trims
+
+
+async def test_segments_that_a_peer_fetches_stay(tmp_path: Path) -> None:
+    async with cluster(tmp_path, 1) as toy:
+        await fill(toy, 5)
+        node = toy.nodes["n0"]
+        driver = driver_of(node)
+        leased: list[int | None] = [SEGMENT]
+        driver.retention._leased = lambda: leased[0]
+        driver.trim_to(3 * SEGMENT)
+        await wait_until(lambda: node.machine.trims, what="the trim")
+        save_checkpoints(toy)
+        await wait_for_removal(toy, SEGMENT)
+        await trio.sleep(0.1)
+        assert node.running.first_position == SEGMENT
+        leased[0] = None
+        await wait_for_removal(toy, 3 * SEGMENT)

@@ -1,0 +1,498 @@
+"""What the driver adds to core and store, with whole groups over loopback: reads by index, members, disks that stall or
+fill up, damage met at runtime."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from attrs import evolve
+
+from dledger.core.membership import AddLearner, Change, Promote, Remove
+from dledger.core.types import Role
+from dledger.driver import APP_MESSAGES_MAX, INBOX_MAX, Driver
+from dledger.errors import LogDamaged, Overloaded, Reopen
+from runtime.files import RealFile, RealFiles
+from runtime.testing import wait_until
+from tests.unit.dledger.dledger_toy import Node, ToyCluster, toy_env
+
+FAST = {"heartbeat_ms": 20, "election_timeout_ms_min": 150, "election_timeout_ms_max": 300}
+
+
+@asynccontextmanager
+async def cluster(tmp_path: Path, size: int = 3, *names: str, **settings: Any) -> AsyncIterator[ToyCluster]:
+    async with trio.open_nursery() as nursery:
+        toy = ToyCluster(toy_env(tmp_path), tmp_path, nursery, size, **{**FAST, **settings})
+        await toy.start(*names)
+        yield toy
+        nursery.cancel_scope.cancel()
+
+
+def driver_of(node: Node) -> Driver:
+    driver = node.running._driver
+    assert driver is not None
+    return driver
+
+
+def others(toy: ToyCluster, node: Node) -> list[Node]:
+    return [each for each in toy.alive() if each is not node]
+
+
+class Answer:
+    """What somebody is told, once."""
+
+    def __init__(self) -> None:
+        self.answers: list[str | None] = []
+
+    def __call__(self, reason: str | None) -> None:
+        self.answers.append(reason)
+
+    async def wait(self, limit: float = 5.0) -> str | None:
+        await wait_until(lambda: self.answers, limit=limit, what="an answer")
+        assert len(self.answers) == 1
+        return self.answers[0]
+
+
+async def change(toy: ToyCluster, wanted: Change) -> str | None:
+    answer = Answer()
+    driver_of(await toy.leader()).change_members(wanted, answer)
+    return await answer.wait()
+
+
+# Reads by index
+
+
+async def test_a_leader_confirms_reads_in_one_round_and_a_follower_refuses(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as toy:
+        await toy.put(b"one")
+        leader = await toy.leader()
+        driver = driver_of(leader)
+        seqs = {peer: each.seq for peer, each in driver.core.progress.items()}
+        answers = [Answer() for _ in range(50)]
+        for answer in answers:
+            driver.read_index(answer)
+        assert [await answer.wait() for answer in answers] == [None] * 50
+        assert all(each.seq - seqs[peer] <= 2 for peer, each in driver.core.progress.items()), "one round for all"
+        refused = Answer()
+        driver_of(others(toy, leader)[0]).read_index(refused)
+        assert await refused.wait() == "this node is not the leader"
+
+
+async def test_a_single_node_answers_reads_in_its_next_turn(tmp_path: Path) -> None:
+    async with cluster(tmp_path, 1) as toy:
+        await toy.put(b"one")
+        answer = Answer()
+        driver_of(toy.nodes["n0"]).read_index(answer)
+        assert await answer.wait(0.2) is None
+
+
+async def test_a_leader_nobody_follows_any_more_confirms_no_read(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as toy:
+        await toy.put(b"one")
+        leader = await toy.leader()
+        for node in others(toy, leader):
+            await node.kill()
+        answer = Answer()
+        driver_of(leader).read_index(answer)
+        reason = await answer.wait()
+        assert reason is not None and leader.running.role is not Role.LEADER
+
+
+async def test_a_read_waits_until_its_index_is_applied(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as toy:
+        await toy.put(b"one")
+        leader = await toy.leader()
+        driver = driver_of(leader)
+        seen: list[int] = []
+        leader.machine.put(leader.running, b"two", lambda _: None)
+        expected = driver.store.last_index + 1
+
+        def told(reason: str | None) -> None:
+            assert reason is None
+            seen.append(driver.applied_index)
+
+        await wait_until(lambda: driver.applied_index >= expected, what="the second record")
+        driver.read_index(told)
+        await wait_until(lambda: seen, what="the confirmation")
+        assert seen[0] >= expected and leader.machine.applied[-1].startswith(b"two")
+
+
+# Members
+
+
+async def test_a_learner_joins_is_promoted_and_a_voter_leaves(tmp_path: Path) -> None:
+    async with cluster(tmp_path, 4, founders=("n0", "n1", "n2")) as toy:
+        for number in range(20):
+            await toy.put(b"%d" % number)
+        leader = await toy.leader()
+        newcomer = toy.nodes["n3"]
+        assert leader.running.statistics().members == ("n0", "n1", "n2")
+        assert newcomer.running.statistics().last_index == 0, "nobody sends it anything yet"
+        assert await change(toy, AddLearner("n3", toy.peers["n3"])) is None
+        statistics = leader.running.statistics()
+        assert statistics.learners == ("n3",) and statistics.members_index == statistics.last_index
+        assert set(statistics.addresses) == {"n0", "n1", "n2", "n3"}
+        await toy.level()
+        assert newcomer.running.statistics().learners == ("n3",)
+        assert await change(toy, Promote("n3")) is None
+        assert leader.running.statistics().members == ("n0", "n1", "n2", "n3")
+        gone = next(name for name in ("n0", "n1", "n2") if name != leader.node_id)
+        assert await change(toy, Remove(gone)) is None
+        assert set(leader.running.statistics().connected) == {"n0", "n1", "n2", "n3"} - {gone, leader.node_id}
+        await toy.nodes[gone].kill()
+        await toy.put(b"after")
+        await toy.level()
+        assert newcomer.machine.applied[-1].startswith(b"after")
+
+
+async def test_changes_that_make_no_sense_are_refused_with_a_reason(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as toy:
+        await toy.put(b"one")
+        leader = await toy.leader()
+        assert await change(toy, Promote("n9")) == "n9 is not a learner; a node joins as one first"
+        assert await change(toy, AddLearner("n1", ("127.0.0.1", 1))) == "n1 is already a member"
+        answer = Answer()
+        driver_of(others(toy, leader)[0]).change_members(Remove("n0"), answer)
+        assert await answer.wait() == f"not leader; leader={leader.node_id}"
+        both = [Answer(), Answer()]
+        for answer, node in zip(both, others(toy, leader), strict=True):
+            driver_of(leader).change_members(Remove(node.node_id), answer)
+        assert await both[0].wait() is None
+        reason = await both[1].wait()
+        assert reason is not None and "not committed" in reason
+        await toy.put(b"two")
+
+
+async def test_records_around_a_change_keep_their_positions(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as toy:
+        await toy.put(b"one")
+        leader = await toy.leader()
+        outcomes: list[str] = []
+        answer = Answer()
+        gone = others(toy, leader)[0].node_id
+        leader.machine.put(leader.running, b"before", outcomes.append)
+        driver_of(leader).change_members(Remove(gone), answer)
+        leader.machine.put(leader.running, b"with", outcomes.append)
+        assert await answer.wait() is None
+        offset = leader.machine.put(leader.running, b"behind", outcomes.append)
+        await wait_until(lambda: len(outcomes) == 3, what="all three")
+        assert outcomes == ["applied"] * 3
+        view = leader.running.read(offset, 6)
+        assert view is not None and bytes(view) == b"behind"
+
+
+# Transfer, recovering
+
+
+async def test_a_transfer_tells_how_it_ended(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as toy:
+        await toy.put(b"one")
+        leader = await toy.leader()
+        target = others(toy, leader)[0]
+        unknown = Answer()
+        driver_of(leader).transfer("n9", unknown)
+        assert (await unknown.wait() or "").startswith("n9 is not another")
+        assert leader.running.is_ready_leader
+        done = Answer()
+        driver_of(leader).transfer(target.node_id, done)
+        assert await done.wait() is None
+        await wait_until(lambda: target.running.is_ready_leader, what="the target to lead")
+        late = Answer()
+        driver_of(leader).transfer(None, late)
+        reason = await late.wait()
+        assert reason is not None and reason.startswith("not leader")
+
+
+async def test_an_operator_may_accept_what_a_power_loss_took(tmp_path: Path) -> None:
+    class OtherBoot:
+        host, pid, boot_id, memory_bytes = "h", 1, "another boot", 1 << 34
+
+        def salt(self, nbytes: int) -> bytes:
+            return bytes(nbytes)
+
+    async with cluster(tmp_path) as toy:
+        await toy.put(b"one")
+        await toy.level()
+        for node in list(toy.alive()):
+            await node.kill()
+        toy.env = evolve(toy.env, ids=OtherBoot())
+        await toy.nodes["n0"].start()
+        await toy.nodes["n1"].start()
+        await trio.sleep(0.5)
+        assert not toy.leaders(), "two that may have forgotten are no quorum"
+        for name in ("n0", "n1"):
+            driver_of(toy.nodes[name]).accept_loss()
+        await toy.put(b"two")
+        driver = driver_of(toy.nodes["n0"])
+        await wait_until(lambda: not driver._meta.saved.recovering, what="the flag to be saved")
+
+
+# Disks that stall
+
+
+async def test_scenario_18_a_leader_whose_disk_stalls_gives_up_and_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """hashicorp/raft#503: heartbeats go on while the disk hangs. Flush "sync": its own sync is what hangs."""
+    sync = RealFile.sync
+    stuck: list[str] = []
+    released = trio.Event()
+
+    async def hanging(file: RealFile) -> None:
+        if any(file.path.startswith(folder) for folder in stuck):
+            await released.wait()
+        await sync(file)
+
+    monkeypatch.setattr(RealFile, "sync", hanging)
+    async with cluster(tmp_path, flush="sync", orphan_after_ms=10_000) as toy:
+        await toy.put(b"one")
+        old = await toy.leader()
+        stuck.append(f"{old.folder}/log/")
+        outcomes: list[str] = []
+        started = trio.current_time()
+        old.machine.put(old.running, b"two", outcomes.append)
+        await wait_until(lambda: old.running.role is not Role.LEADER, limit=2.0, what="leadership to be given up")
+        print(f"given up after {trio.current_time() - started:.2f} s")
+        assert old.running.statistics().steps_down == {"the disk is failing or stalled": 1}
+        await toy.put(b"three")
+        assert (await toy.leader()) is not old
+        stuck.clear()
+        released.set()
+        await wait_until(lambda: old.running.statistics().disk_ok, what="the disk to be well again")
+        await toy.level()
+        assert old.error is None and outcomes in (["applied"], ["unknown"])
+        assert old.machine.applied == toy.nodes["n0"].machine.applied
+
+
+async def test_a_disk_that_is_nearly_full_takes_no_client_messages_but_still_leads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = [50]
+    monkeypatch.setattr(RealFiles, "free_space", lambda self, path: (free[0], 100))
+    async with cluster(tmp_path) as toy:
+        await toy.put(b"one")
+        leader = await toy.leader()
+        driver = driver_of(leader)
+        free[0] = 9
+        await driver.disk.look()
+        with pytest.raises(Overloaded, match="the disk is 91% full"):
+            leader.machine.put(leader.running, b"two", lambda _: None)
+        assert leader.running.statistics().disk_ok and leader.running.statistics().disk_usage == pytest.approx(0.91)
+        gone = others(toy, leader)[0].node_id
+        assert await change(toy, Remove(gone)) is None, "what the group itself has to log still goes"
+        free[0] = 40
+        await driver.disk.look()
+        await toy.put(b"three")
+
+
+# Damage met while the log is in use
+
+
+async def test_damage_hands_over_before_the_log_is_opened_anew(tmp_path: Path) -> None:
+    async with cluster(tmp_path, election_timeout_ms_min=3000, election_timeout_ms_max=5000) as toy:
+        await toy.put(b"one", limit=20)
+        old = await toy.leader()
+        term = old.running.term
+        ended = trio.Event()
+        reopened: list[Reopen] = []
+        driver = driver_of(old)
+        run = driver._hand_over
+
+        async def noted() -> None:
+            await run()
+            assert driver.role is not Role.LEADER, "the successor leads before this node leaves"
+            reopened.append(Reopen(driver._leaving or ""))
+            ended.set()
+
+        driver._hand_over = noted  # type: ignore[method-assign]
+        started = trio.current_time()
+        driver.damaged(LogDamaged("entry 1 is damaged"))
+        with trio.fail_after(1):
+            await ended.wait()
+        assert str(reopened[0]) == "entry 1 is damaged" and driver.counters["damage_found"] == 1
+        await toy.put(b"two")
+        assert trio.current_time() - started < 2.0, "by a transfer, not by a timeout"
+        assert toy.leaders()[0].running.term == term + 1
+        await wait_until(lambda: old.running._driver not in (None, driver), what="the log to be open again")
+        assert old.machine.stops == 1 and len(old.machine.restored) == 2
+        await toy.level()
+
+
+async def test_damage_within_a_turn_asks_the_best_peer_to_campaign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster(tmp_path, election_timeout_ms_min=3000, election_timeout_ms_max=5000) as toy:
+        await toy.put(b"one", limit=20)
+        await toy.level()
+        old = await toy.leader()
+        driver = driver_of(old)
+
+        def damaged(index: int) -> int | None:
+            raise LogDamaged(f"the row of entry {index} is damaged")
+
+        monkeypatch.setattr(driver.store, "term_at", damaged)
+        started = trio.current_time()
+        old.machine.put(old.running, b"lost or not", lambda _: None)
+        await wait_until(
+            lambda: any(node.running.is_ready_leader for node in toy.alive() if node is not old), what="a successor"
+        )
+        assert trio.current_time() - started < 2.0
+        assert driver._is_broken and driver.counters["damage_found"] == 1
+        driver.turn()
+        driver.on_message("n1", None)  # type: ignore[arg-type]
+        assert old.error is None, "a broken driver takes no turn"
+
+
+# Bounds
+
+
+async def test_what_waits_during_a_stalled_cut_is_bounded(tmp_path: Path) -> None:
+    async with cluster(tmp_path, 1) as toy:
+        await toy.put(b"one")
+        node = toy.nodes["n0"]
+        driver = driver_of(node)
+        driver._cut = (99, ())
+        try:
+            for _ in range(INBOX_MAX + 10):
+                driver.on_message("n1", None)  # type: ignore[arg-type]
+            assert len(driver._inbox) == INBOX_MAX and driver.counters["messages_dropped"] == 10
+            for number in range(APP_MESSAGES_MAX + 10):
+                driver.on_app_message("n1", b"%d" % number)
+            assert driver.counters["app_dropped"] == 10
+        finally:
+            driver._inbox.clear()
+            driver._cut = None
+        driver.wake()
+        await wait_until(lambda: len(node.machine.messages) == APP_MESSAGES_MAX, what="the messages")
+        big = bytes(8 * 1024 * 1024)
+        for _ in range(9):
+            driver.on_app_message("n1", big)
+        assert driver.counters["app_dropped"] == 11, "their bytes are bounded, too"
+        driver.turn()
+        driver.on_app_message("n1", big)
+        assert driver.counters["app_dropped"] == 11
+
+
+# Scenarios of raft.md 6.2
+
+
+async def test_scenario_28_a_proposal_that_timed_out_and_then_commits_is_there_once(tmp_path: Path) -> None:
+    """quickwit#6605. The sender is told "unknown" once; the entry commits later, once; a retry is the broker's care."""
+    async with cluster(
+        tmp_path, orphan_after_ms=100, election_timeout_ms_min=2000, election_timeout_ms_max=4000
+    ) as toy:
+        await toy.put(b"one", limit=20)
+        leader = await toy.leader()
+        peers = others(toy, leader)
+        for node in peers:
+            await node.kill()
+        outcomes: list[str] = []
+        leader.machine.put(leader.running, b"two", outcomes.append)
+        await wait_until(lambda: outcomes, what="an answer")
+        assert outcomes == ["unknown"] and leader.running.statistics().counters["orphaned"] == 1
+        await peers[0].start()  # not both: without the leader they would be a quorum that lacks the entry
+        await wait_until(lambda: len(leader.machine.applied) == 2, limit=10, what="the commit")
+        await peers[1].start()
+        await toy.level()
+        for node in toy.alive():
+            assert [record.rstrip(b".") for record in node.machine.applied] == [b"one", b"two"]
+        assert outcomes == ["unknown"] and leader.running.statistics().waiting_records == 0
+
+
+async def test_scenario_29_a_timeout_is_that_of_the_batch(tmp_path: Path) -> None:
+    """arcadedb#5848: many entries that wait for one quorum are given up together, not one timeout after the other."""
+    async with cluster(
+        tmp_path, orphan_after_ms=200, election_timeout_ms_min=4000, election_timeout_ms_max=6000
+    ) as toy:
+        await toy.put(b"one", limit=20)
+        leader = await toy.leader()
+        for node in others(toy, leader):
+            await node.kill()
+        outcomes: list[str] = []
+        started = trio.current_time()
+        for number in range(500):
+            leader.machine.put(leader.running, b"%d" % number, outcomes.append)
+            if number % 5 == 0:
+                leader.running.seal()
+        await wait_until(lambda: len(outcomes) == 500, limit=3, what="all answers")
+        assert set(outcomes) == {"unknown"}
+        assert trio.current_time() - started < 1.5, "100 entries, one timeout"
+
+
+async def test_scenario_32_an_uncommitted_tail_is_not_applied_after_an_abnormal_restart(tmp_path: Path) -> None:
+    """DLedgerCommitLog dispatched it to the queues; rocketmq#6609."""
+    async with cluster(tmp_path) as toy:
+        for number in range(3):
+            await toy.put(b"%d" % number)
+        await toy.level()
+        leader = await toy.leader()
+        for node in others(toy, leader):
+            await node.kill()
+        leader.machine.put(leader.running, b"tail", lambda _: None)
+        leader.running.seal()
+        leader.running.wake()
+        store = driver_of(leader).store
+        last_index = store.last_index
+        await wait_until(lambda: store.written_index > last_index, what="the tail to be written")
+        await leader.kill()
+        await leader.start()
+        assert leader.running.statistics().last_index == last_index + 1
+        applied = [record.rstrip(b".") for record in leader.machine.applied]
+        assert b"tail" not in applied and [record.rstrip(b".") for record in leader.machine.pending][-1:] == [b"tail"]
+        assert leader.running.read(leader.running.committed_position, 1) is None, "nor may it be read"
+
+
+async def test_a_peer_that_lags_far_behind_is_fed_without_reads_on_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster(tmp_path) as toy:
+        await toy.put(b"one")
+        leader = await toy.leader()
+        follower = others(toy, leader)[0]
+        await follower.kill()
+        outcomes: list[str] = []
+        for number in range(6000):
+            leader.machine.put(leader.running, b"%d" % number, outcomes.append)
+            leader.running.seal()
+            if number % 500 == 0:
+                await wait_until(lambda count=number: len(outcomes) >= count, what="commits")  # type: ignore[misc]
+        await wait_until(lambda: len(outcomes) == 6000, what="all commits")
+        driver = driver_of(leader)
+        loop = threading.get_ident()
+        pread = RealFile.pread
+
+        def off_the_loop(file: RealFile, nbytes: int, offset: int) -> bytes:
+            assert threading.get_ident() != loop or nbytes <= 64 or str(leader.folder) not in file.path, "on the loop"
+            return pread(file, nbytes, offset)
+
+        monkeypatch.setattr(RealFile, "pread", off_the_loop)
+        await follower.start()
+        await toy.level(limit=20)
+        assert driver.feed.reads > 0 and leader.running.is_ready_leader
+        assert follower.machine.applied == leader.machine.applied
+
+
+async def test_figures_of_a_group_under_load(tmp_path: Path) -> None:
+    async with cluster(tmp_path, flush="sync") as toy:
+        for number in range(20):
+            await toy.put(b"%d" % number)
+        await toy.level()
+        leader = await toy.leader()
+        statistics = leader.running.statistics()
+        for name in ("write", "fsync", "commit", "apply", "replicate"):
+            assert statistics.histograms[name].count > 0, name
+        assert statistics.histograms["commit"].count >= 20 and statistics.histograms["commit"].maximum < 5
+        assert set(statistics.peer_state.values()) == {"replicate"} and set(statistics.lag_seconds.values()) == {0.0}
+        assert statistics.counters["elections"] >= 1 and statistics.state == "serving"
+        follower = others(toy, leader)[0]
+        await follower.kill()
+        await toy.put(b"more")
+        await trio.sleep(0.3)
+        await toy.put(b"and more")
+        lag = leader.running.statistics().lag_seconds[follower.node_id]
+        assert 0.0 < lag < 5.0
