@@ -174,6 +174,7 @@ def stats(folder: str, as_json: bool) -> None:
                 "used_bytes": each.used_bytes,
             }
             for each in found.segment_reports()
+            if each.entries  # not the spare one
         ]
     if as_json:
         print_json(document)
@@ -196,6 +197,8 @@ def _shown(row: dict[str, int]) -> list[str]:
 def _kind(entry: Entry) -> str:
     from dledger.core.types import EntryType
 
+    if entry.type == EntryType.DATA and not entry.count:
+        return "meta"  # changes of tables alone: topics, groups, offsets
     known = {kind.value: kind.name.lower() for kind in EntryType}
     return known.get(entry.type, f"type {entry.type}")
 
