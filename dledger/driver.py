@@ -1061,11 +1061,11 @@ class Driver:
         while True:
             if store.needs_spare or store.disk_full:
                 await store.prepare_spare()
-                if store.disk_full != self.disk.is_full:
-                    self.disk.is_full = store.disk_full
-                    self._log.warning("disk full" if store.disk_full else "disk has room again")
                 if store.unwritten:
                     self.wake()
+            if store.disk_full != self.disk.is_full:
+                self.disk.is_full = store.disk_full
+                self._log.warning("disk full" if store.disk_full else "disk has room again")
             if store.disk_full:
                 await self._env.clock.sleep(DISK_FULL_RETRY_SECONDS)
             else:

@@ -3,7 +3,9 @@ fill up, damage met at runtime."""
 
 from __future__ import annotations
 
+import errno
 import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import trio
 from attrs import evolve
 
+from dledger import driver as driver_module
 from dledger.core.membership import AddLearner, Change, Promote, Remove
 from dledger.core.types import Role
 from dledger.driver import APP_MESSAGES_MAX, INBOX_MAX, Driver
@@ -267,6 +270,166 @@ async def test_scenario_18_a_leader_whose_disk_stalls_gives_up_and_comes_back(
         await toy.level()
         assert old.error is None and outcomes in (["applied"], ["unknown"])
         assert old.machine.applied == toy.nodes["n0"].machine.applied
+
+
+class Disk:
+    """Stands before every write to the logs of some nodes: slow, stuck or full."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folders: list[str] = []
+        self.seconds = 0.0
+        self.gate: threading.Event | None = None
+        self.error: OSError | None = None
+        self.in_threads = 0
+        self._loop = threading.get_ident()
+        pwrite, pwritev = RealFile.pwrite, RealFile.pwritev
+
+        def write(file: RealFile, data: Any, offset: int) -> None:
+            self._before(file)
+            pwrite(file, data, offset)
+
+        def write_many(file: RealFile, parts: Any, offset: int) -> None:
+            self._before(file)
+            pwritev(file, parts, offset)
+
+        monkeypatch.setattr(RealFile, "pwrite", write)
+        monkeypatch.setattr(RealFile, "pwritev", write_many)
+
+    def _before(self, file: RealFile) -> None:
+        if not any(file.path.startswith(f"{folder}/log/") for folder in self.folders):
+            return
+        if self.error is not None:
+            raise self.error
+        if threading.get_ident() != self._loop:
+            self.in_threads += 1
+            if self.gate is not None:
+                assert self.gate.wait(20)
+        if self.seconds:
+            time.sleep(self.seconds)
+
+
+async def test_after_a_slow_write_the_loop_writes_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+    async with cluster(tmp_path, segment_bytes=65_536) as toy:
+        await toy.put(b"one")
+        disk.folders = [str(node.folder) for node in toy.alive()]
+        disk.seconds = 0.06
+        await toy.put(b"two")
+        disk.seconds = 0.0
+        leader = await toy.leader()
+        assert leader.running.statistics().is_disk_slow
+        outcomes: list[str] = []
+        for number in range(4000):
+            leader.machine.put(leader.running, b"%d" % number, outcomes.append)
+            if number % 50 == 0:
+                await trio.lowlevel.checkpoint()
+        await wait_until(lambda: len(outcomes) == 4000, what="all commits")
+        assert set(outcomes) == {"applied"} and disk.in_threads > 0
+        assert leader.running.statistics().counters["writes_in_thread"] > 0
+        await toy.level()
+        await wait_until(lambda: leader.running.statistics().durable_index == leader.running.statistics().last_index)
+        logs = {toy.segment_bytes(node.node_id) for node in toy.alive()}
+        assert len(logs) == 1
+
+
+async def test_cuts_and_writes_in_threads_keep_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A leader whose writes lag behind loses its term: its tail goes, what its successor sends takes the place."""
+    disk = Disk(monkeypatch)
+    async with cluster(tmp_path) as toy:
+        await toy.put(b"one")
+        await toy.level()
+        old = await toy.leader()
+        disk.folders, disk.seconds = [str(old.folder)], 0.06
+        await toy.put(b"two")
+        disk.seconds, disk.gate = 0.0, threading.Event()
+        try:
+            peers = others(toy, old)
+            for node in peers:
+                await node.kill()
+            for number in range(20):
+                old.machine.put(old.running, b"lost %d" % number, lambda _: None)
+                old.running.seal()
+            old.running.wake()
+            await wait_until(lambda: old.running.role is not Role.LEADER, what="its end as a leader")
+            store = driver_of(old).store
+            assert store.unwritten and store.written_index < store.last_index
+            for node in peers:
+                await node.start()
+            await wait_until(
+                lambda: any(node.running.is_ready_leader for node in toy.alive() if node is not old), what="a successor"
+            )
+        finally:
+            disk.gate.set()
+        await toy.put(b"three")
+        await toy.level()
+        assert [record.rstrip(b".") for record in old.machine.applied] == [b"one", b"two", b"three"]
+        assert old.machine.pending == []
+        assert len({toy.segment_bytes(node.node_id) for node in toy.alive()}) == 1
+
+
+async def test_a_stuck_write_costs_leadership_also_with_async_flush(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(monkeypatch)
+    async with cluster(tmp_path, orphan_after_ms=10_000) as toy:
+        await toy.put(b"one")
+        old = await toy.leader()
+        disk.folders, disk.seconds = [str(old.folder)], 0.06
+        await toy.put(b"two")
+        disk.seconds, disk.gate = 0.0, threading.Event()
+        try:
+            old.machine.put(old.running, b"three", lambda _: None)
+            await wait_until(lambda: old.running.role is not Role.LEADER, limit=2.0, what="leadership to be given up")
+            assert not old.running.statistics().disk_ok
+            await toy.put(b"four")
+        finally:
+            disk.gate.set()
+        await wait_until(lambda: old.running.statistics().disk_ok, what="the disk to be well again")
+        await toy.level()
+        assert old.error is None
+
+
+async def test_a_write_that_finds_no_room_is_made_up_for_without_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(monkeypatch)
+    monkeypatch.setattr(driver_module, "DISK_FULL_RETRY_SECONDS", 0.05)
+    async with cluster(tmp_path) as toy:
+        await toy.put(b"one")
+        old = await toy.leader()
+        disk.folders, disk.error = [str(old.folder)], OSError(errno.ENOSPC, "No space left on device")
+        old.machine.put(old.running, b"two", lambda _: None)
+        await wait_until(lambda: old.running.role is not Role.LEADER, limit=2.0, what="leadership to be given up")
+        await toy.put(b"three")
+        disk.error = None
+        await toy.level()
+        await wait_until(lambda: old.running.statistics().disk_ok, what="the disk to be well again")
+        assert old.error is None and old.machine.stops == 0
+        assert old.machine.applied[-1].startswith(b"three")
+
+
+async def test_the_scrub_finds_a_flipped_bit_and_the_peers_mend_it(tmp_path: Path) -> None:
+    async with cluster(tmp_path, segment_bytes=65_536, scrub_bytes_per_second=1 << 30) as toy:
+        leader = await toy.leader()
+        outcomes: list[str] = []
+        for number in range(6000):
+            leader.machine.put(leader.running, b"%d" % number, outcomes.append)
+            if number % 100 == 0:
+                await trio.lowlevel.checkpoint()
+        await wait_until(lambda: len(outcomes) == 6000, what="all commits")
+        await toy.level()
+        follower = others(toy, leader)[0]
+        await follower.kill()
+        path = follower.folder / "log" / f"{65_536:020d}"
+        data = bytearray(path.read_bytes())
+        data[30_000] ^= 1
+        path.write_bytes(data)
+        await follower.start()
+        await wait_until(lambda: path.read_bytes()[30_000] == data[30_000] ^ 1, what="the bit to be mended")
+        await toy.put(b"after")
+        await toy.level()
+        assert len({toy.segment_bytes(node.node_id) for node in toy.alive()}) == 1
+        assert follower.machine.applied == leader.machine.applied
 
 
 async def test_a_disk_that_is_nearly_full_takes_no_client_messages_but_still_leads(
