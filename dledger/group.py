@@ -36,6 +36,7 @@ from dledger.store.checkpoint import Checkpoint, drop_checkpoints, read_checkpoi
 from dledger.store.faults import EntryDamaged, refuse_faults
 from dledger.store.format import FORMAT_FILE, LOG_FOLDER, ROWS_FOLDER, Format, check_format, read_format, write_format
 from dledger.store.log_store import LogStore, format_folder, is_blank
+from dledger.store.manifest import Manifest
 from dledger.store.meta import MetaFile, boot_tag, format_meta
 from dledger.store.options import StoreOptions
 from dledger.store.recovery import RecoveredLog
@@ -733,19 +734,25 @@ class RaftGroup:
             self._driver.stop()
         await self._stopped.wait()
 
-    def save_checkpoint(self, index: int, blob: bytes) -> None:
+    def manifest(self) -> Manifest | None:
+        """The closed segments and what lies before them, for a backup; None where the log is not served."""
+        return self._driver.store.manifest() if self._driver is not None else None
+
+    def save_checkpoint(self, index: int, blob: bytes) -> bool:
         """Keep `blob`, the state machine's tables after entry `index`; the next start hands it to `restore`.
 
-        Replaces the previous one atomically. Waits for the disk, so call it in a thread (`env.run_in_thread`).
+        Replaces the previous one atomically. Waits for the disk, so call it in a thread (`env.run_in_thread`). False
+        where nothing was saved, because the run that these tables come from has ended.
         """
         driver = self._driver
         if driver is None:
-            return  # the log is not this one any more
+            return False  # the log is not this one any more
         known = driver.core.configs.above(-1)
         at, members = next((config for config in reversed(known) if config[0] <= index), known[0])
         config = encode_members(members) if at else b""
         write_checkpoint(self._env.files, self.config.data_dir, index, blob, config=config, config_index=at)
         driver.checkpoint_saved(index)
+        return True
 
 
 def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException | None:
