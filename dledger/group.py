@@ -256,7 +256,11 @@ class RaftGroup:
         self.state = "repairing"
         is_sure = not meta.saved.recovering and not self._may_have_forgotten(meta)
         checkpoint = read_checkpoint(env.files, folder, up_to=recovered.last.index)
-        _, members = self._known_members(store, checkpoint)[-1]
+        try:
+            known: Sequence[tuple[int, Members]] = self._known_members(store, checkpoint)
+            voters = known[-1][1].voters
+        except LogDamaged:  # a change of members may be among what is damaged: who decides is not known
+            known, voters = [], ()
         client = FetchClient(env)
         source = LogSource(
             env,
@@ -269,7 +273,7 @@ class RaftGroup:
         )
         server = FetchServer(env, source, config.fetch_bytes_per_second)
         peers = Peers(env, config, identity, self._log, Deaf(), Exchange(server, client))
-        peers.set_members({**config.peers, **members.addresses})
+        peers.set_members({**config.peers, **(known[-1][1].addresses if known else {})})
         client.peers = peers
         phase = RepairPhase(
             env,
@@ -277,7 +281,7 @@ class RaftGroup:
             identity.segment_bytes,
             meta,
             recovered.faults,
-            members.voters,
+            voters,
             config.node_id,
             client,
             self._log,

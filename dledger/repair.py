@@ -71,6 +71,8 @@ class RepairPhase:
         client: FetchClient,
         log: Logger,
     ) -> None:
+        """`voters`: the members that count; empty where they are not known, and nothing is then given up as never
+        committed."""
         self._env = env
         self._folder = folder
         self._segment_bytes = segment_bytes
@@ -190,6 +192,8 @@ class RepairPhase:
 
     def _was_never_committed(self, found: _Found) -> bool:
         """Whether too few voters are left that could have these entries for a quorum."""
+        if not self._voters:
+            return False
         never = sum(1 for voter in self._voters if voter in found.absent and voter != self._node_id)
         return never > 0 and len(self._voters) - never < majority(len(self._voters))
 
