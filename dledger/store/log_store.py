@@ -314,10 +314,7 @@ class LogStore(LogReader):
         index = next(iter(rows), self.durable_index + 1)
         while index <= self.durable_index:
             segment = self._segment_of(index)
-            number = self._segments.index(segment) + 1
-            stop = self.durable_index
-            if number < len(self._segments):
-                stop = min(stop, self._segments[number].first_index - 1)
+            stop = self._last_of(self._segments.index(segment), self.durable_index)
             try:
                 segment.write_rows(index, b"".join([rows[each] for each in range(index, stop + 1)]))
             except OSError as error:
