@@ -130,6 +130,17 @@ class BrokerContext:
 
     # ------------------------------------------------------------------------------------------------------ offsets
 
+    def refusal_of_queue(self, topic: str, queue_id: int) -> str | None:
+        """Why nothing is kept for a queue: it is none of the topic's, nor was one when messages were stored in it.
+
+        RocketMQ keeps anything; a replicated table has to be bounded.
+        """
+        config = self.state.topics.get_pending(topic)
+        count = max(config.read_queue_nums, config.write_queue_nums) if config is not None else 0
+        if 0 <= queue_id < count or (config is not None and self.state.queues.exists(topic, queue_id)):
+            return None
+        return f"queueId[{queue_id}] is illegal, topic:[{topic}] has {count} queues"
+
     def commit_offset(self, group: str, topic: str, queue_id: int, offset: int) -> bool:
         """Take an offset update as leader, to be logged within 200 ms. False while a reset of the queue is pending."""
         if self.resets and self.resets.get(group, topic, queue_id) is not None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-import msgspec
-
-from broker.tables import PendingTable
-from remoting.bodies import DataVersion, SubscriptionGroupConfig
+from broker.tables import ConfigTable
+from remoting.bodies import SubscriptionGroupConfig
 
 if TYPE_CHECKING:
     from broker.config import BrokerConfig
@@ -39,28 +37,15 @@ def validate_group(name: str) -> str | None:
     return None
 
 
-class GroupTable(PendingTable[str, SubscriptionGroupConfig]):
+class GroupTable(ConfigTable[SubscriptionGroupConfig]):
     """Consumer group configurations by name, committed + pending."""
 
-    __slots__ = ("_auto_create", "data_version")
+    __slots__ = ("_auto_create",)
 
     def __init__(self, config: BrokerConfig) -> None:
-        super().__init__()
+        defaults = [SubscriptionGroupConfig(group_name=name) for name in DEFAULT_GROUPS]
+        super().__init__(SubscriptionGroupConfig, "group_name", defaults)
         self._auto_create = config.auto_create_group
-        self.data_version = DataVersion()
-        self.add_defaults()
-
-    def add_defaults(self) -> None:
-        for name in DEFAULT_GROUPS:
-            if name not in self.committed:
-                self.committed[name] = SubscriptionGroupConfig(group_name=name)
-
-    def all(self) -> dict[str, SubscriptionGroupConfig]:
-        """Committed groups by name, sorted."""
-        return dict(sorted(self.committed.items()))
-
-    def names(self) -> list[str]:
-        return sorted(self.committed)
 
     def find(self, name: str) -> SubscriptionGroupConfig | None:
         """The committed config, or the one an automatic creation would give; None when that is off or illegal."""
@@ -68,23 +53,3 @@ class GroupTable(PendingTable[str, SubscriptionGroupConfig]):
         if config is None and self._auto_create and validate_group(name) is None:
             return SubscriptionGroupConfig(group_name=name)
         return config
-
-    def changed(self, wall_ms: int, term: int) -> None:
-        self.data_version = self.data_version.next(wall_ms, term)
-
-    def snapshot(self) -> dict[str, Any]:
-        return {
-            "version": msgspec.to_builtins(self.data_version),
-            "groups": [msgspec.to_builtins(config) for config in self.all().values()],
-        }
-
-    def restore(self, snapshot: dict[str, Any] | None) -> None:
-        self.committed.clear()
-        self._pending.clear()
-        self.data_version = DataVersion()
-        if snapshot is not None:
-            self.data_version = msgspec.convert(snapshot["version"], DataVersion)
-            for plain in snapshot["groups"]:
-                config = msgspec.convert(plain, SubscriptionGroupConfig)
-                self.committed[config.group_name] = config
-        self.add_defaults()

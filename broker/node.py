@@ -39,6 +39,8 @@ from runtime.model import Env, Listener
 TRANSFER_WAIT_S: Final = 1.0
 """How long a stop waits for its leadership to be taken over before it goes on."""
 TRANSFER_LOOK_S: Final = 0.01
+MENDING: Final = frozenset({"repairing", "installing"})
+MENDING_LOOK_S: Final = 0.05
 
 
 class NodeState(BrokerState):
@@ -113,7 +115,7 @@ class BrokerNode:
     # ----------------------------------------------------------------------------------------------------- lifetime
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve until `stop`. `started()` once the log is recovered and both ports are open.
+        """Serve until `stop`. `started()` once the log is recovered, or is being repaired, and both ports are open.
 
         Raises StartupError where it cannot start, NodeStopped where it must not go on. When cancelled, it stops as a
         killed process would: the next start reads the log again.
@@ -171,7 +173,7 @@ class BrokerNode:
         self.address = listener.address
         async with trio.open_nursery() as nursery:
             self.broker.jobs.attach(nursery)
-            await nursery.start(self._run_group, nursery.cancel_scope)
+            await self._start_group(nursery)
             await nursery.start(self.state.run)
             await nursery.start(DelayService(self.state).run)
             nursery.start_soon(self.router.forwarder.run)
@@ -186,6 +188,20 @@ class BrokerNode:
             await self._stop_wanted.wait()
             await self._leave(server)
             nursery.cancel_scope.cancel()
+
+    async def _start_group(self, nursery: trio.Nursery) -> None:
+        """Until the log is served; or, where it must be mended first, which may take long: clients and tools are to
+        hear that meanwhile, and not find a closed port."""
+        served = trio.Event()
+
+        async def start() -> None:
+            await nursery.start(self._run_group, nursery.cancel_scope)
+            served.set()
+
+        nursery.start_soon(start)
+        while not served.is_set() and self.group.state not in MENDING:
+            with self.env.clock.move_on_after(MENDING_LOOK_S):
+                await served.wait()
 
     async def _run_group(
         self, node_scope: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from remoting.bodies import DataVersion
 
 K = TypeVar("K")
 V = TypeVar("V")
+C = TypeVar("C", bound=msgspec.Struct)
 
 
 class InvariantBroken(Exception):
@@ -71,3 +76,52 @@ class PendingTable(Generic[K, V]):
         changes.pop()
         if not changes:
             del self._pending[key]
+
+
+class ConfigTable(PendingTable[str, C]):
+    """Configurations by name, with the version that others compare. One that is in the table is never changed in place.
+
+    `kind` is what it holds, `key` names a configuration, and `defaults` are there without having been logged.
+    """
+
+    __slots__ = ("_defaults", "_key", "_kind", "data_version")
+
+    def __init__(self, kind: type[C], key: str, defaults: list[C]) -> None:
+        super().__init__()
+        self._kind = kind
+        self._key = key
+        self._defaults = defaults
+        self.data_version = DataVersion()
+        self._add_defaults()
+
+    def _add_defaults(self) -> None:
+        for config in self._defaults:
+            self.committed.setdefault(getattr(config, self._key), config)
+
+    def all(self) -> dict[str, C]:
+        """Committed ones by name, sorted."""
+        return dict(sorted(self.committed.items()))
+
+    def names(self) -> list[str]:
+        return sorted(self.committed)
+
+    def changed(self, wall_ms: int, term: int) -> None:
+        """A committed change: the version moves on."""
+        self.data_version = self.data_version.next(wall_ms, term)
+
+    def snapshot(self) -> dict[str, Any]:
+        return {
+            "version": msgspec.to_builtins(self.data_version),
+            "configs": [msgspec.to_builtins(config) for config in self.all().values()],
+        }
+
+    def restore(self, snapshot: dict[str, Any] | None) -> None:
+        self.committed.clear()
+        self._pending.clear()
+        self.data_version = DataVersion()
+        if snapshot is not None:
+            self.data_version = msgspec.convert(snapshot["version"], DataVersion)
+            for plain in snapshot["configs"]:
+                config = msgspec.convert(plain, self._kind)
+                self.committed[getattr(config, self._key)] = config
+        self._add_defaults()

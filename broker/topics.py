@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-import msgspec
-
-from broker.tables import PendingTable
-from remoting.bodies import DataVersion, TopicConfig
+from broker.tables import ConfigTable
+from remoting.bodies import TopicConfig
 from remoting.codes import (
     DLQ_TOPIC_PREFIX,
     PERM_INHERIT,
@@ -120,27 +118,13 @@ def default_topics(config: BrokerConfig) -> list[TopicConfig]:
     ]
 
 
-class TopicTable(PendingTable[str, TopicConfig]):
-    """Topic configurations by name, committed + pending. A config once in the table is never changed in place."""
+class TopicTable(ConfigTable[TopicConfig]):
+    """Topic configurations by name, committed + pending."""
 
-    __slots__ = ("_defaults", "data_version")
+    __slots__ = ()
 
     def __init__(self, config: BrokerConfig) -> None:
-        super().__init__()
-        self._defaults = default_topics(config)
-        self.data_version = DataVersion()
-        self.add_defaults()
-
-    def add_defaults(self) -> None:
-        for config in self._defaults:
-            self.committed.setdefault(config.topic_name, config)
-
-    def all(self) -> dict[str, TopicConfig]:
-        """Committed topics by name, sorted."""
-        return dict(sorted(self.committed.items()))
-
-    def names(self) -> list[str]:
-        return sorted(self.committed)
+        super().__init__(TopicConfig, "topic_name", default_topics(config))
 
     def created_by_send(
         self, name: str, template: str, template_queues: int, *, unit_mode: bool, retry_queues: int
@@ -166,24 +150,3 @@ class TopicTable(PendingTable[str, TopicConfig]):
                 topic_sys_flag=TOPIC_UNIT if unit_mode else 0,
             )
         return None
-
-    def changed(self, wall_ms: int, term: int) -> None:
-        """A committed change: the version name servers compare moves on."""
-        self.data_version = self.data_version.next(wall_ms, term)
-
-    def snapshot(self) -> dict[str, Any]:
-        return {
-            "version": msgspec.to_builtins(self.data_version),
-            "topics": [msgspec.to_builtins(config) for config in self.all().values()],
-        }
-
-    def restore(self, snapshot: dict[str, Any] | None) -> None:
-        self.committed.clear()
-        self._pending.clear()
-        self.data_version = DataVersion()
-        if snapshot is not None:
-            self.data_version = msgspec.convert(snapshot["version"], DataVersion)
-            for plain in snapshot["topics"]:
-                config = msgspec.convert(plain, TopicConfig)
-                self.committed[config.topic_name] = config
-        self.add_defaults()

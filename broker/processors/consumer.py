@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from broker.context import BrokerContext
 
 QUEUES_PER_LOCK_MAX = 65_536
+REFUSALS_TOLD_MAX = 8
 
 
 class ConsumerProcessor:
@@ -107,6 +108,9 @@ class ConsumerProcessor:
         if state.topics.get_pending(topic) is None:
             remark = f"Topic {topic} not exist!"
             return encode_response(request, ResponseCode.TOPIC_NOT_EXIST, {}, remark=remark)
+        refusal = self._broker.refusal_of_queue(topic, queue_id)
+        if refusal is not None:
+            return encode_response(request, ResponseCode.INVALID_PARAMETER, {}, remark=refusal)
         if not self._broker.commit_offset(group, topic, queue_id, offset):
             return encode_response(request, ResponseCode.SUCCESS, {}, remark="Offset has been previously reset")
         if request.is_oneway:
@@ -122,19 +126,28 @@ class ConsumerProcessor:
     # -------------------------------------------------------------------------------------------------------- locks
 
     def lock(self, request: Command, conn: Any) -> bytes | None:
-        """LOCK_BATCH_MQ: the queues this client holds from now on."""
+        """LOCK_BATCH_MQ: the queues this client holds from now on; those that no topic has are left out."""
         data = self._lock_body(request)
+        wanted: list[MessageQueue] = []
+        refusals: list[str] = []
+        for queue in data.mq_set:
+            refusal = self._broker.refusal_of_queue(queue.topic, queue.queue_id)
+            if refusal is None:
+                wanted.append(queue)
+            else:
+                refusals.append(refusal)
+        remark = "; ".join(refusals[:REFUSALS_TOLD_MAX]) or None
 
         def done(granted: list[MessageQueue] | None) -> None:
             if granted is None:
                 answer = refusal_answer(request, None)
             else:
                 body = encode_body(LockBatchResponseBody(lock_ok_mq_set=granted))
-                answer = encode_response(request, ResponseCode.SUCCESS, body=body)
+                answer = encode_response(request, ResponseCode.SUCCESS, body=body, remark=remark)
             conn.write(answer)
             self._broker.changed(conn)
 
-        self._state.locks.lock(data.consumer_group, data.client_id, data.mq_set, done)
+        self._state.locks.lock(data.consumer_group, data.client_id, wanted, done)
         return None
 
     def unlock(self, request: Command, conn: Any) -> bytes | None:

@@ -235,12 +235,25 @@ async def test_a_query_logs_what_was_only_noted(rig: ProcessorRig) -> None:
     [
         ({"consumerGroup": "None"}, ResponseCode.SUBSCRIPTION_GROUP_NOT_EXIST),
         ({"topic": "None"}, ResponseCode.TOPIC_NOT_EXIST),
+        ({"queueId": -1}, ResponseCode.INVALID_PARAMETER),
+        ({"queueId": 4}, ResponseCode.INVALID_PARAMETER),
         ({"commitOffset": "much"}, ResponseCode.SYSTEM_ERROR),
     ],
 )
 async def test_refused_updates(rig: ProcessorRig, changes: dict[str, Any], code: int) -> None:
     ext = {"consumerGroup": "TOOLS_CONSUMER", "topic": "T", "queueId": 0, "commitOffset": 3}
     assert rig.ask(RequestCode.UPDATE_CONSUMER_OFFSET, {**ext, **changes}).code == code
+
+
+async def test_a_queue_that_a_topic_once_had_keeps_its_offset(rig: ProcessorRig) -> None:
+    """A consumer still commits what it took from a queue before the topic was made smaller."""
+    rig.create_topic("S", 2)
+    rig.send("S", b"m", queue=1)
+    rig.create_topic("S", 1)
+    ext = {"consumerGroup": "TOOLS_CONSUMER", "topic": "S", "queueId": 1, "commitOffset": 1}
+    assert rig.ask(RequestCode.UPDATE_CONSUMER_OFFSET, ext).code == 0
+    answer = rig.ask(RequestCode.UPDATE_CONSUMER_OFFSET, {**ext, "queueId": 2})
+    assert (answer.code, answer.remark) == (29, "queueId[2] is illegal, topic:[S] has 1 queues")
 
 
 # --------------------------------------------------------------------------------------------------------------- locks
@@ -263,6 +276,17 @@ async def test_locks_are_granted_once_and_given_back(rig: ProcessorRig) -> None:
     assert rig.ask(RequestCode.UNLOCK_BATCH_MQ, {}, lock_body("c1", 2)).code == 0, "not ours: left alone"
     assert granted("c2", 0, 1, 2) == [0, 2]
     assert rig.ask(RequestCode.LOCK_BATCH_MQ, {}, b'{"clientId":"","consumerGroup":"CG"}').code == 1
+
+
+async def test_queues_that_do_not_exist_are_not_locked(rig: ProcessorRig) -> None:
+    """Whatever a client asks for: the table of owners does not grow past the queues there are."""
+    answer = rig.ask(RequestCode.LOCK_BATCH_MQ, {}, lock_body("c1", 0, -1, *range(4, 500)))
+    assert answer.code == 0
+    assert [queue.queue_id for queue in decode_body(answer.body, LockBatchResponseBody).lock_ok_mq_set] == [0]
+    assert answer.remark is not None
+    assert answer.remark.startswith("queueId[-1] is illegal, topic:[T] has 4 queues; queueId[4] is")
+    assert len(answer.remark) < 500
+    assert len(rig.state.locks.snapshot()) == 1
 
 
 async def test_a_lock_that_is_cut_is_not_granted(rig: ProcessorRig) -> None:

@@ -80,6 +80,31 @@ async def test_a_killed_node_reads_its_log_again(tmp_path: Path) -> None:
         assert again.ext["queueOffset"] == "0", "the second send of the same message is the first one"
 
 
+async def test_a_group_that_begins_again_from_its_disk_loses_nothing_and_keeps_its_clients(tmp_path: Path) -> None:
+    """As after a repair: same process, same connections, tables anew."""
+    async with cluster_of(1, tmp_path) as (cluster, client):
+        address = cluster.address("n0")
+        node = cluster.nodes["n0"]
+        for number in range(3):
+            await client.call(address, 310, send_ext(key=f"{number:032d}"), b"body %d" % number)
+        await node.state.checkpoint()
+        await client.call(address, 310, send_ext(key=f"{3:032d}"), b"body 3")
+        runs = node.state.runs
+        driver: Any = node.group._driver
+        driver.reopen("for a test")
+        await wait_until(lambda: node.state.runs == runs + 1 and node.group.is_ready_leader, what="a new run")
+        answer = await client.call(address, 310, send_ext(key=f"{1:032d}"), b"body 1")
+        assert answer.ext["queueOffset"] == "1", "a retry of before"
+        assert (await client.call(address, 310, send_ext(), b"body 4")).ext["queueOffset"] == "4"
+        pulled = await client.call(address, RequestCode.PULL_MESSAGE, pull_ext(0))
+        assert [bytes(m.body) for m in decode_stored_many(bytes(pulled.body))] == [b"body %d" % n for n in range(5)]
+        assert (await client.call(address, RequestCode.GET_MAX_OFFSET, {"topic": "T", "queueId": 0})).ext[
+            "offset"
+        ] == "5"
+        await node.state.checkpoint()
+        assert node.state.checkpoints.saved_index == node.state.applied_index
+
+
 async def test_a_long_poll_ends_with_the_message(tmp_path: Path) -> None:
     async with cluster_of(1, tmp_path) as (cluster, client):
         address = cluster.address("n0")

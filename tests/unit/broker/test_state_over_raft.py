@@ -101,6 +101,7 @@ async def test_a_client_that_retries_after_a_restart_gets_the_first_result(tmp_p
     async with running(tmp_path) as broker:
         first = await broker.put_all([b"a", b"b"])
         await broker.state.checkpoint()
+        assert broker.state.checkpoints.saved_index == broker.state.applied_index > 0
         first += await broker.put_all([b"c"])
     async with running(tmp_path) as broker:
         again = await broker.put_all([b"a", b"b", b"c"])
