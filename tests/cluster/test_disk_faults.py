@@ -27,6 +27,7 @@ PADDING = 4000
 NEW_LEADER_WITHIN_S = 4.5
 """The goal is 2 s to give up leadership and 3 s in all (design §3, raft.md 4.12); the rest is for a busy machine."""
 NOTICED_WITHIN_S = 30.0
+SLOW_WRITE_MS = 80
 RELIEVED_WITHIN_S = 20.0
 
 
@@ -112,15 +113,20 @@ async def test_a_full_disk_costs_leadership_until_there_is_room_again(tmp_path: 
         assert load.promises.failures == []
 
 
-@pytest.mark.parametrize("flush", ["sync", "async"])
-async def test_a_stalled_disk_of_the_leader_costs_leadership_soon(tmp_path: Path, flush: str) -> None:
+@pytest.mark.parametrize(
+    ("flush", "stalls"), [("sync", ("stall_syncs",)), ("async", ("stall_syncs", "stall_writes"))], ids=["sync", "async"]
+)
+async def test_a_stalled_disk_of_the_leader_costs_leadership_soon(
+    tmp_path: Path, flush: str, stalls: tuple[str, ...]
+) -> None:
+    """Stalled syncs leave the loop running, with heartbeats and all; a stalled write holds it."""
     env = real_env()
     with cluster(tmp_path / "data", config=config(flush), faults={}) as running:
         async with under_load(env, running) as load:
             stalled = await env.run_in_thread(running.leader)
             pid = running.pid(stalled)
             started = env.clock.monotonic()
-            running.disks.change(stalled, stall_syncs=True, stall_writes=True)
+            running.disks.change(stalled, **dict.fromkeys(stalls, True))
 
             def another_leads() -> str | None:
                 leader = running.leader()
@@ -131,7 +137,7 @@ async def test_a_stalled_disk_of_the_leader_costs_leadership_soon(tmp_path: Path
             gap = load.longest_gap(started, env.clock.monotonic())
             print(f"{stalled} stalled, {other} leads, {gap:.2f} s without an acknowledgement")
             assert gap <= NEW_LEADER_WITHIN_S
-            running.disks.change(stalled, stall_syncs=None, stall_writes=None)
+            running.disks.change(stalled, **dict.fromkeys(stalls))
             await load.wait_more(100)
             assert running.pid(stalled) == pid, "it had to be restarted"
 
@@ -151,3 +157,24 @@ async def test_a_failed_sync_ends_the_node_and_loses_nothing(tmp_path: Path) -> 
             running.disks.change(broken, sync_fails=None)
             await env.run_in_thread(running.wait_restarted, broken, pid)
             await load.wait_more(200)
+
+
+async def test_slow_writes_leave_the_loop_and_the_leader_stays(tmp_path: Path) -> None:
+    env = real_env()
+    with cluster(tmp_path / "data", config=config("async"), faults={}) as running:
+        async with under_load(env, running) as load:
+            slow = await env.run_in_thread(running.leader)
+            host, port = running.address(slow)
+            term = running.status()[slow]["term"]
+            running.disks.change(slow, write_delay_ms=SLOW_WRITE_MS)
+            with trio.fail_after(NOTICED_WITHIN_S):
+                while not (await load.client.admin.raft.describe(f"{host}:{port}"))["is_disk_slow"]:  # noqa: ASYNC110
+                    await trio.sleep(0.05)
+            started = env.clock.monotonic()
+            await load.wait_more(200)
+            gap = load.longest_gap(started, env.clock.monotonic())
+            print(f"{slow} writes slowly; longest time without an acknowledgement {gap:.2f} s")
+            running.disks.change(slow, write_delay_ms=None)
+            status = running.status()[slow]
+            assert (status["role"], status["term"]) == ("leader", term)
+        assert load.promises.failures == []
