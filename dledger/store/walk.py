@@ -311,10 +311,12 @@ def _open_hole(segment: Segment, offset: int, entry: Entry | None, walk: Walk) -
     if entry is not None:
         walk.open_hole("entries of another log or an older copy follow", contradicts=True)
         return True
+    was_readable, segment.is_readable = segment.is_readable, True
     nonzero = segment.nonzero_from(offset)
-    if nonzero is None and segment.is_readable:
+    is_readable, segment.is_readable = segment.is_readable, segment.is_readable and was_readable
+    if nonzero is None and is_readable:
         return False
-    walk.open_hole("the entry is damaged", contradicts=False, unreadable=not segment.is_readable)
+    walk.open_hole("the entry is damaged", contradicts=False, unreadable=not is_readable)
     return True
 
 

@@ -1,0 +1,92 @@
+"""Damage of any kind: the log is found whole, or the damage is reported and a healthy copy's entries heal it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from tests.unit.dledger.store.store_kit import SEGMENT, Bench, Framer, copied, some_entries, write_log
+
+
+class Logs:
+    def __init__(self, folder: Path) -> None:
+        rng = random.Random(11)
+        framer = Framer()
+        self.folder = folder
+        self.entries = some_entries(framer, rng, 40, 1)
+        kept = framer.index
+        framer.back_to(self.entries[24])
+        stale = some_entries(framer, rng, 12, 1)
+        """An older copy's end: entries that were cut later."""
+        framer.back_to(self.entries[kept - 1])
+        self.entries += some_entries(framer, rng, 25, 2)
+        trio.run(write_log, folder / "whole", self.entries)
+        trio.run(write_log, folder / "older", self.entries[:33])
+        trio.run(write_log, folder / "stale", self.entries[:25] + stale)
+        trio.run(write_log, folder / "foreign", some_entries(Framer(), rng, 60, 3))
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Logs]:
+    yield Logs(tmp_path_factory.mktemp("logs"))
+
+
+DAMAGE = st.tuples(
+    st.sampled_from(["log", "log", "rows"]),
+    st.integers(0, 6),
+    st.sampled_from(["flip", "flip", "fill", "zero", "truncate", "delete", "older", "stale", "foreign"]),
+    st.integers(0, SEGMENT - 1),
+    st.integers(1, 3000),
+)
+
+
+def inflict(folder: Path, logs: Logs, damage: tuple[str, int, str, int, int]) -> None:
+    sub, number, kind, offset, length = damage
+    paths = sorted((logs.folder / "whole" / sub).iterdir())
+    name = paths[number % len(paths)].name
+    path = folder / sub / name
+    if not path.exists():
+        return
+    content = bytearray(path.read_bytes())
+    offset = offset % max(len(content), 1)
+    if kind == "flip" and content:
+        content[offset] ^= 1 << length % 8
+    elif kind in ("fill", "zero"):
+        stop = min(offset + length, len(content))
+        content[offset:stop] = (b"\xff" if kind == "fill" else b"\0") * (stop - offset)
+    elif kind == "truncate":
+        del content[offset:]
+    elif kind == "delete":
+        path.unlink()
+        return
+    elif kind in ("older", "stale", "foreign"):
+        other = logs.folder / kind / sub / name
+        content = bytearray(other.read_bytes()) if other.exists() else bytearray(len(content) if sub == "log" else 0)
+    path.write_bytes(content)
+
+
+def _is_forged(damages: list[tuple[str, int, str, int, int]]) -> bool:
+    """Another group's segment with its rows and all is another log: only the chain through a peer's entries tells."""
+    forged = {(sub, number % 7) for sub, number, kind, _, _ in damages if kind == "foreign"}
+    return any(("log", number) in forged and ("rows", near) in forged for number in range(7) for near in range(7))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(damages=st.lists(DAMAGE, min_size=1, max_size=3))
+def test_any_damage_is_reported_and_healed(logs: Logs, damages: list[tuple[str, int, str, int, int]]) -> None:
+    assume(not _is_forged(damages))
+    work = copied(logs.folder / "whole", logs.folder / "work")
+    for damage in damages:
+        inflict(work, logs, damage)
+    bench = Bench(work, logs.entries, logs.entries[-1].index)
+    recovered = bench.recover()
+    for segment in recovered.segments:
+        segment.close()
+    bench.heal()
+    trio.run(bench.read_everything_or_mark)
