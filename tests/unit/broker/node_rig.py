@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import trio
-import trio.testing
 
 from broker.config import BrokerConfig
 from broker.node import BrokerNode
@@ -31,6 +30,7 @@ class Cluster:
         self._nursery = nursery
         self.nodes: dict[str, BrokerNode] = {}
         self._scopes: dict[str, trio.CancelScope] = {}
+        self._ended: dict[str, trio.Event] = {}
         self.configs: dict[str, BrokerConfig] = {}
 
     async def start_all(self, count: int) -> None:
@@ -61,22 +61,26 @@ class Cluster:
 
     async def start(self, node_id: str, **listeners: Any) -> BrokerNode:
         node = BrokerNode(self.env, self.configs[node_id], **listeners)
-        self._scopes[node_id] = await self._nursery.start(self._run, node)
+        self._ended[node_id] = trio.Event()
+        self._scopes[node_id] = await self._nursery.start(self._run, node, self._ended[node_id])
         self.nodes[node_id] = node
         return node
 
     @staticmethod
-    async def _run(node: BrokerNode, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
-        with trio.CancelScope() as scope:
-            async with trio.open_nursery() as nursery:
-                await nursery.start(node.run)
-                task_status.started(scope)
+    async def _run(node: BrokerNode, ended: trio.Event, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
+        try:
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(node.run)
+                    task_status.started(scope)
+        finally:
+            ended.set()
 
     async def kill(self, node_id: str) -> None:
         """As if the process died: nothing is written any more."""
         self._scopes.pop(node_id).cancel()
         del self.nodes[node_id]
-        await trio.testing.wait_all_tasks_blocked(0.01)
+        await self._ended.pop(node_id).wait()  # a sync that was under way takes as long as it takes
 
     def address(self, node_id: str) -> str:
         host, port = self.configs[node_id].listen
