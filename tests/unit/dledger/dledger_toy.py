@@ -155,7 +155,25 @@ class Node:
     def folder(self) -> Path:
         return self.cluster.folder / self.node_id
 
+    async def run_here(self) -> None:
+        """Run the group in the calling task until it is stopped or killed; its errors come out here."""
+        group = self._make(None)
+        try:
+            with trio.CancelScope() as self.scope:
+                await group.run()
+        finally:
+            self.ended.set()
+
+    async def stop(self) -> None:
+        """In order: everything is on stable storage afterwards, so damage to any of it leaves evidence."""
+        await self.running.stop_gracefully()
+        await self.ended.wait()
+
     async def start(self, listener: Listener | None = None) -> None:
+        """Returns once the group serves."""
+        await self.cluster.nursery.start(self._run, self._make(listener))
+
+    def _make(self, listener: Listener | None) -> RaftGroup:
         self.machine = ToyMachine()
         self.group = RaftGroup(
             self.cluster.env, self.cluster.config(self.node_id), self.machine, get_logger("toy"), listener=listener
@@ -163,7 +181,7 @@ class Node:
         self.machine.group = self.group
         self.ended = trio.Event()
         self.error = None
-        await self.cluster.nursery.start(self._run, self.group)
+        return self.group
 
     async def _run(self, group: RaftGroup, *, task_status: trio.TaskStatus[None]) -> None:
         with trio.CancelScope() as self.scope:
