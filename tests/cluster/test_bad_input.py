@@ -166,7 +166,7 @@ GARBAGE = {
 
 @pytest.mark.parametrize("node", ["n0", "ns0"])
 @pytest.mark.parametrize("what", sorted(GARBAGE))
-def test_garbage_closes_the_connection(running: Cluster, node: str, what: str) -> None:
+def test_scenario_33_garbage_closes_the_connection(running: Cluster, node: str, what: str) -> None:
     with connection(running.address(node)) as stream:
         try:
             stream.sendall(GARBAGE[what])
@@ -177,7 +177,7 @@ def test_garbage_closes_the_connection(running: Cluster, node: str, what: str) -
 
 
 @pytest.mark.parametrize("node", ["n0", "ns0"])
-def test_garbage_on_a_peer_port_or_a_truncated_frame_harms_nobody(running: Cluster, node: str) -> None:
+def test_scenario_33_garbage_on_a_peer_port_or_a_truncated_frame_harms_nobody(running: Cluster, node: str) -> None:
     frame = encode_request(RequestCode.SEND_MESSAGE, 7, send_header(TOPIC), b"never stored")
     with connection(running.address(node)) as stream:
         stream.sendall(frame[:-1])

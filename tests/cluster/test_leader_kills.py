@@ -77,7 +77,7 @@ async def all_consumed(env: Env, promises: Promises, seen: set[str]) -> None:
         )
 
 
-async def test_five_leader_kills_under_load(tmp_path: Path) -> None:
+async def test_scenario_30_five_leader_kills_under_load_and_queue_offsets_go_on(tmp_path: Path) -> None:
     env = real_env()
     promises = Promises()
     seen: set[str] = set()

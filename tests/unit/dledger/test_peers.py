@@ -168,7 +168,7 @@ async def test_strangers_are_refused_with_one_line_and_a_reason(
     ],
     ids=["http", "tls", "ff", "append", "bad-hello", "unknown-node"],
 )
-async def test_garbage_on_the_peer_port_closes_the_connection_with_one_line(tmp_path: Path, garbage: bytes) -> None:
+async def test_scenario_33_garbage_on_the_peer_port_closes_the_connection_with_one_line(tmp_path: Path, garbage: bytes) -> None:
     async with members(tmp_path) as found:
         await connected(found)
         env = test_env(tmp_path)

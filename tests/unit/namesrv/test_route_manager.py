@@ -83,7 +83,7 @@ def test_a_new_leader_takes_over_and_the_old_one_becomes_a_follower() -> None:
     }
 
 
-def test_a_leader_of_an_older_term_is_ignored() -> None:
+def test_scenario_31_a_leader_of_an_older_term_is_ignored() -> None:
     routes = group_of_three()
     routes.register(registration(1, raft_term=5), 1.0)
     result = routes.register(registration(2, raft_term=4), 1.0)
@@ -190,7 +190,7 @@ def test_an_unchanged_data_version_counts_as_a_sign_of_life() -> None:
     assert len(routes.expire(220.1)) == 1
 
 
-def test_a_deposed_leader_is_told_to_register_again() -> None:
+def test_scenario_31_a_deposed_leader_is_told_to_register_again() -> None:
     routes = group_of_three()
     routes.register(registration(1, raft_term=2), 1.0)
     version = DataVersion(counter=1, state_version=1, timestamp=1)
