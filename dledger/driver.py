@@ -52,7 +52,7 @@ from dledger.core.raft import Raft
 from dledger.core.transitions import PeerState
 from dledger.core.types import HEADER_BYTES, Entry, EntryType, Role, frame_entry, next_position
 from dledger.disk_watch import CUT, HARD_STATE, LOG_SYNC, LOG_WRITE, DiskWatch
-from dledger.errors import CoreStopped, LedgerError, LogDamaged, NotLeader, Reopen
+from dledger.errors import CoreStopped, DiskFull, LedgerError, LogDamaged, NotLeader, Overloaded, Reopen
 from dledger.feed import LogFeed
 from dledger.machine import EntryView, GroupStatistics, StateMachine
 from dledger.measures import Measures
@@ -69,8 +69,8 @@ APPLY_BYTES_MAX = 2 * 1024 * 1024
 """What one turn applies at most; a longer catch-up is spread over turns, so that the loop stays responsive."""
 APPLY_SECONDS_MAX = 0.020
 APPLY_CHECK_EVERY = 16
-APPLY_SAMPLE_EVERY = 8
-"""Turns whose application is timed: a look at the clock is not for nothing when one send follows the other."""
+SAMPLE_EVERY = 8
+"""Turns whose writing, application and round trips are timed: it shows when one send follows the other."""
 COMMIT_NEWS_SECONDS = 0.002
 HOUSEKEEPING_SECONDS = 0.25
 DISK_FULL_RETRY_SECONDS = 1.0
@@ -458,7 +458,7 @@ class Driver:
         if self._noop_term and not self._propose_noop():
             return
         reads = self._reads
-        if reads.is_asked:
+        if reads.asked:
             self._perform(step(ReadIndex(now, reads.begin_round())))
         batch = self.batch
         if batch.leading:
@@ -500,16 +500,10 @@ class Driver:
         Mere news wait a moment: under load, and with one send after the other, the next entry brings them along.
         """
         core = self.core
-        is_news_only = not self._reads.is_round_open
-        asked = self._rtt_asked
-        for peer, progress in core.progress.items():
-            sample = asked.get(peer)
-            if sample is None:
-                if progress.inflight:
-                    asked[peer] = (progress.seq, now)
-            elif progress.reply_seq >= sample[0]:
-                self.measures.replicate.record(now - sample[1])
-                del asked[peer]
+        is_news_only = not self._reads.rounds
+        if self._rtt_asked or not self.turns % SAMPLE_EVERY:
+            self._sample_rtt(now)
+        for progress in core.progress.values():
             if progress.state is not PeerState.REPLICATE or progress.next_index <= core.last_index:
                 is_news_only = False
             elif progress.commit_sent < core.commit_index and not self._is_news_due:
@@ -517,6 +511,18 @@ class Driver:
                 self._news_kick.set()
         if not is_news_only:
             self._perform(core.step(TurnEnd(now)))
+
+    def _sample_rtt(self, now: float) -> None:
+        """How long a message with entries takes to be answered: one at a time for each peer."""
+        asked = self._rtt_asked
+        for peer, progress in self.core.progress.items():
+            sample = asked.get(peer)
+            if sample is None:
+                if progress.inflight:
+                    asked[peer] = (progress.seq, now)
+            elif progress.reply_seq >= sample[0]:
+                self.measures.replicate.record(now - sample[1])
+                del asked[peer]
 
     async def _keep_told(self) -> None:
         """Bring followers the commit index when no entry does within a moment: they serve reads up to it."""
@@ -536,8 +542,11 @@ class Driver:
                 self._write_kick.set()
             else:
                 store.write()
-                self.measures.write.record(store.last_write_seconds)
-            self._has_written()
+                if not self.turns % SAMPLE_EVERY:
+                    self.measures.write.record(store.last_write_seconds)
+            if store.needs_spare or store.disk_full:
+                self._spare_kick.set()
+            self._sync_kick.set()
             if store.unwritten:
                 self._watch_write()
         elif self._watched_index >= 0:
@@ -551,11 +560,6 @@ class Driver:
             self._durable_index = store.durable_index
             return self._step_mark(Durable, now, store.durable_index)
         return True
-
-    def _has_written(self) -> None:
-        if self.store.needs_spare or self.store.disk_full:
-            self._spare_kick.set()
-        self._sync_kick.set()
 
     def _watch_write(self) -> None:
         """Entries wait to be written: for a thread, or for room. As long as some get through it is no stall."""
@@ -657,15 +661,15 @@ class Driver:
 
     # Leading.
 
-    def _check_room(self) -> str | None:
+    def _check_room(self) -> Overloaded | None:
         if self.batch.log_end - self.committed_position > self._config.uncommitted_bytes_max:
-            return "too many bytes wait for their quorum"
+            return Overloaded("too many bytes wait for their quorum")
         if self.waiting_records > self._config.waiting_records_max:
-            return "too many messages wait for their quorum"
+            return Overloaded("too many messages wait for their quorum")
         if self.disk.is_full:
-            return "the disk is full"
+            return DiskFull("the disk is full")
         if self.disk.is_refusing:
-            return self.disk.refusal
+            return DiskFull(self.disk.refusal)
         return None
 
     def _open_batch(self) -> None:
@@ -861,7 +865,7 @@ class Driver:
         """Up to `applied_index`. What hangs on entries that the machine is not shown follows here."""
         if applied:
             self.counters["entries_applied"] += applied
-            if not self.turns % APPLY_SAMPLE_EVERY:
+            if not self.turns % SAMPLE_EVERY:
                 self.measures.apply.record(self._monotonic() - started)
         trims = self._trims
         while trims and trims[0].index <= self.applied_index:
@@ -1034,7 +1038,7 @@ class Driver:
                     self._is_writing = False
                 self.measures.write.record(store.last_write_seconds)
                 self.counters["writes_in_thread"] += 1
-                self._has_written()
+                self._sync_kick.set()
                 self.pump()
 
     async def _keep_recovered(self) -> None:

@@ -19,6 +19,10 @@ class Overloaded(LedgerError):
     """Too much waits for its quorum already, or the disk cannot take more. Nothing was logged."""
 
 
+class DiskFull(Overloaded):
+    """The disk is full, or so near to it that nothing but the log's own entries is taken. Nothing was logged."""
+
+
 class TooLarge(LedgerError):
     """The record or entry could never be logged."""
 

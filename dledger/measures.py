@@ -81,14 +81,14 @@ class Measures:
 
     def __init__(self) -> None:
         self.write = Histogram()
-        """From handing entries to the page cache to its answer."""
+        """From handing entries to the page cache to its answer; of every eighth turn."""
         self.fsync = Histogram()
         self.replicate = Histogram()
         """From a message with entries to its answer; one sample at a time for each peer."""
         self.commit = Histogram()
         """From the proposal of the oldest entry that a turn applies, to its application."""
         self.apply = Histogram()
-        """What the state machine took in one turn."""
+        """What the state machine took in one turn; of every eighth."""
         self.steps_down: dict[str, int] = {}
         self.pre_votes_refused: dict[str, int] = {}
 

@@ -53,7 +53,7 @@ class OpenBatch:
     def __init__(self) -> None:
         self._segment_bytes = 0
         self._entry_bytes_max = 0
-        self._check_room: Callable[[], str | None] = _no_reason
+        self._check_room: Callable[[], Overloaded | None] = _no_reason
         self._wake: Callable[[], object] = _no_reason
         self.leading = False
         self.leader_id: str | None = None
@@ -74,7 +74,7 @@ class OpenBatch:
         self,
         segment_bytes: int,
         entry_bytes_max: int,
-        check_room: Callable[[], str | None],
+        check_room: Callable[[], Overloaded | None],
         wake: Callable[[], object],
     ) -> None:
         """`check_room` says why no further batch can be opened now, or None; `wake` schedules a driver turn."""
@@ -138,7 +138,7 @@ class OpenBatch:
             raise TooLarge(f"{body_bytes} bytes; an entry holds at most {self._entry_bytes_max}")
         full = self._check_room()
         if full is not None:
-            raise Overloaded(full)
+            raise full
         return next_position(self.log_end, HEADER_BYTES + body_bytes, self._segment_bytes)
 
     def add_record(self, record: bytes) -> None:

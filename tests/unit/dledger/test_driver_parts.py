@@ -40,9 +40,9 @@ def test_reads_of_a_turn_share_a_token_and_wait_for_their_index() -> None:
     one, two, three = Told(), Told(), Told()
     reads.ask(one)
     reads.ask(two)
-    assert reads.is_asked
+    assert reads.asked
     first = reads.begin_round()
-    assert not reads.is_asked and reads.is_round_open
+    assert not reads.asked and reads.rounds
     reads.ask(three)
     second = reads.begin_round()
     assert first != second
@@ -55,7 +55,7 @@ def test_reads_of_a_turn_share_a_token_and_wait_for_their_index() -> None:
     reads.refuse(second, "not the leader")
     reads.answer(7)
     assert three.answers == ["not the leader"]
-    assert not reads.is_settled and not reads.is_round_open
+    assert not reads.is_settled and not reads.rounds
 
 
 def test_too_many_reads_are_refused_and_room_comes_back() -> None:
