@@ -46,7 +46,7 @@ class LogReader:
         if len(self._segments) > 1 and not self._segments[-1].first_index:
             self._spare = self._segments.pop()
         self._by_base = {segment.base: segment for segment in self._segments}
-        self.first_index = max(recovered.base.index + 1, self._segments[0].first_index)
+        self.first_index = recovered.base.index + 1
         self.first_position = self._segments[0].base
         self.last_index = recovered.last.index
         self.last_term = recovered.last.term

@@ -143,23 +143,39 @@ class LogStore(LogReader):
         if self._writing.locked():
             return self.written_index
         clock = self._monotonic
-        while self._unwritten:
-            segment, parts, offset = self._next_write()
-            if segment is None:
-                break
-            started = clock()
+        unwritten = self._unwritten
+        while unwritten:
+            first = unwritten[0]
+            segment: Segment | None = self._segments[-1]
             try:
-                if len(parts) == 1:
-                    segment.file.pwrite(parts[0], offset)
+                if len(unwritten) == 1 and segment is not None and first.position < segment.end:
+                    count = 1
+                    started = clock()
+                    segment.file.pwrite(first.frame, first.position - segment.base)
                 else:
-                    segment.file.pwritev(parts, offset)
+                    segment, parts, offset = self._next_write()
+                    if segment is None:
+                        break
+                    count = len(parts)
+                    started = clock()
+                    if count == 1:
+                        segment.file.pwrite(parts[0], offset)
+                    else:
+                        segment.file.pwritev(parts, offset)
             except OSError as error:
                 self._write_failed(error)
                 break
-            took = self.last_write_seconds = clock() - started
+            self.last_write_seconds = took = clock() - started
             if took > SLOW_WRITE_SECONDS:
                 self.is_slow, self._fast_writes = True, 0
-            self._has_written(segment, len(parts))
+            self._is_write_full = False
+            if not segment.first_index:
+                segment.first_index = first.index
+            dirty = self._dirty
+            if not dirty or dirty[-1] is not segment:
+                dirty.append(segment)
+            self.written_index = unwritten[count - 1].index
+            del unwritten[:count]
         if self._recent_bytes > RECENT_BYTES_MAX or len(self._recent) > RECENT_ENTRIES_MAX:
             self._forget_oldest()
         return self.written_index
