@@ -985,9 +985,6 @@ class Raft:
         self._append(entries)
         if not self.noop_index:
             self.noop_index = first.index
-        if configs:
-            # Fewer voters may make a quorum of those who have the entries before this one.
-            self._advance_leader_commit()
 
     def _note_mark(self, index: int, term: int, *, is_durable: bool) -> None:
         if self._term_at(index) != term:
@@ -1117,7 +1114,7 @@ class Raft:
         prev_index = progress.next_index - 1
         if prev_index == self.last_index:
             prev_term, prev_crc = self.last_term, self.last_crc
-        elif prev_index == progress.prev_index:
+        elif prev_index == progress.prev_index and prev_index >= self.log.first_index - 1:
             prev_term, prev_crc = progress.prev_term, progress.prev_crc
         else:
             term, crc = self.log.term_at(prev_index), self.log.head_crc_at(prev_index)
@@ -1352,11 +1349,12 @@ class Raft:
         """The CONFIG entry in force is committed."""
         self.configs.settle(self.commit_index)
         self._open_config = 0
+        for peer in sorted(self.progress.keys() - set(self.peers)):
+            # Its last word from us; the effect below closes its connection.
+            self._send_heartbeat(self._now, self.progress[peer])
         self._effects.append(fx.MembersChanged(self.configs.index, self.members, True))
         if self.role is not Role.LEADER:
             return
-        for peer in sorted(self.progress.keys() - set(self.peers)):
-            self._send_heartbeat(self._now, self.progress[peer])
         self._track_members()
         if not self.is_voter:
             for progress in self.progress.values():

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import pytest
+from attrs import evolve
 
 from dledger.core import effects as fx
 from dledger.core import messages as msg
@@ -161,6 +162,23 @@ def test_4_7_who_is_far_behind_is_offered_segments() -> None:
 def test_4_7_who_is_less_far_behind_gets_entries() -> None:
     group = far_behind(25)
     assert needs(group, "n2") == [] and group.raft("n2").commit_index == group.raft("n0").last_index
+
+
+def test_4_7_who_agrees_but_is_far_behind_is_offered_segments() -> None:
+    """Behind a new connection the leader knows where they agree: no rejection shows the distance."""
+    group = Group(config=evolve(SMALL, message_bytes_max=500))
+    group.elect("n0")
+    group.lose("n0", "n2", hard=False)
+    group.isolate("n2")
+    for _ in range(60):
+        group["n0"].propose(bytes(36))
+        group.settle()
+    group.heal()
+    group.take()
+    group.connect("n0", "n2")
+    group.settle()
+    assert group.raft("n0").progress["n2"].state is PeerState.SEGMENTS
+    assert group.raft("n2").last_index < 10 and len(needs(group, "n2")) == 1
 
 
 def test_4_7_a_blank_peer_of_a_long_log_too() -> None:

@@ -83,6 +83,7 @@ def test_4_3_nobody_unfit_is_preferred(obstacle: str) -> None:
         group["n0"].change(AddLearner("n3", ("h", 1)))
     group.run(60.0)
     assert group.leaders() == ["n0"] and group.raft("n0").term == 1
+    assert group["n0"].did(fx.TransferEnded) == [], "not even tried"
 
 
 def test_4_3_a_transfer_that_fails_is_not_tried_again_at_once() -> None:
@@ -104,6 +105,24 @@ def test_4_3_an_open_change_of_members_comes_first() -> None:
     assert group.leaders() == ["n0"], "the thirty seconds begin anew"
     group.run(15.0)
     assert group.leaders() == ["n2"]
+
+
+def test_4_3_an_open_change_of_members_holds_it_up() -> None:
+    group = led(PREFER_N2, 4, voters=3)
+    group["n1"].writes = group["n2"].writes = False
+    group["n0"].change(AddLearner("n3", ("h", 1)))
+    group.run(60.0)
+    assert not group.raft("n0").is_config_committed
+    assert group.leaders() == ["n0"] and group["n0"].did(fx.TransferEnded) == []
+
+
+def test_4_3_a_learner_is_not_handed_leadership() -> None:
+    group = led(RaftConfig(), 4, voters=3)
+    group["n0"].change(AddLearner("n3", ("h", 1)))
+    group.settle()
+    group["n0"].step(Transfer(group.now, "n3"))
+    (ended,) = group["n0"].did(fx.TransferEnded)
+    assert isinstance(ended, fx.TransferEnded) and "not another voter" in ended.reason
 
 
 def test_4_3_priority_shortens_the_jitter_and_nothing_else() -> None:
