@@ -120,6 +120,8 @@ class Network:
             conn = self.conns[source, target]
             if not conn.is_up:
                 return
+            if not conn.is_accepted:
+                return  # nobody reads there any more; the answer is a reset, or silence
             line = conn.requests
         plan, world = self._plan, self._world
         now = world.now
@@ -184,6 +186,8 @@ class Network:
         if node.is_paused and node.inbox_length >= INBOX_MAX:
             self._world.at(node.paused_until, self._deliver, epoch, conn, line)
             return
+        if not line.queue:
+            return  # given up with the process that would have read it
         message = line.queue.popleft()
         if message is not None:
             self.delivered += 1
@@ -250,7 +254,7 @@ class Network:
             return
         if not is_dialer:
             if conn.is_accepted:
-                conn.is_accepted = False
+                self._stop_accepting(conn)
                 if conn.is_up:
                     self._world.reached("half-open")
                     # If the other end's way to us is free, its next data is answered with a reset.
@@ -265,10 +269,16 @@ class Network:
         if conn.epoch == epoch and conn.is_up:
             self._lost(conn)
 
+    def _stop_accepting(self, conn: Conn) -> None:
+        """The acceptor's end is gone, and with it what it has not read."""
+        conn.is_accepted = False
+        conn.requests.queue.clear()
+        conn.requests.owed = 0
+
     def reset(self, conn: Conn) -> None:
         """The connection breaks although both ends live; what is under way is lost."""
         if conn.is_up:
-            conn.is_accepted = False
+            self._stop_accepting(conn)
             self._lost(conn)
 
     def _lost(self, conn: Conn) -> None:
@@ -300,7 +310,7 @@ class Network:
                     conn.is_accepted = False
                 # What the dead process sent before may still be read by the acceptor.
             elif conn.acceptor == name and conn.is_up:
-                conn.is_accepted = False
+                self._stop_accepting(conn)
                 # What it answered before is delivered first, then the end of the stream.
                 at = max(now + self._plan.latency, conn.replies.busy_until) if hard else now + USER_TIMEOUT
                 self._world.at(at, self._end_of_stream, conn.epoch, conn)
@@ -324,7 +334,7 @@ class Network:
             elif conn.acceptor == name:
                 if conn.is_up:
                     # The old connection is unknown to the new process: the next data on it is answered with a reset.
-                    conn.is_accepted = False
+                    self._stop_accepting(conn)
                     self._world.at(self._world.now + self._plan.latency + 0.15, self._reset_heard, conn.epoch, conn)
                 elif self._world.nodes[conn.dialer].is_alive:
                     self._dial(conn, RECONNECT_SECONDS_MIN + rng.random() * 0.3)

@@ -344,7 +344,7 @@ class SimNode:
         world, raft = self._world, self.raft
         assert raft is not None
         self._is_fetching = False
-        if raft.leader != leader or self.log.last_index >= self._needed_until - 1:
+        if raft.leader != leader or raft.verified_index >= self._needed_until - 1:
             return
         source = world.nodes[leader]
         can_fetch = source.raft is not None and not source.is_paused and not world.network.is_cut(self.name, leader)

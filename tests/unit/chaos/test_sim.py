@@ -15,12 +15,14 @@ import chaos.sim.run
 from chaos import commands
 from chaos.sim.chance import stream
 from chaos.sim.plan import draw_plan
-from chaos.sim.run import SeedResult, run_seed
+from chaos.sim.run import SeedResult, run_scenario, run_seed
+from chaos.sim.schedule import draw_schedule
 from chaos.sim.world import World
 from tests.unit.chaos.planted import PLANTED, Bug, MessagesNotHeld, build_of, first_seed
 
-FEW = range(6)
+FEW = range(2)
 MANY = 400
+NEXT_SEEDS = 8
 PLANTED_WITHIN = 200
 """Seeds in which each planted bug must be found."""
 
@@ -63,30 +65,38 @@ def test_the_plans_cover_both_flush_modes_and_both_group_sizes() -> None:
     assert {plan.nodes for plan in plans} == {3, 5}
 
 
+def short(seed: int, **options: bool) -> SeedResult:
+    """The first seconds of a seed."""
+    plan = attrs.evolve(draw_plan(seed), fault_seconds=8.0)
+    return run_scenario(plan, draw_schedule(plan), **options)
+
+
 def test_a_seed_gives_the_same_run_twice_and_another_seed_another() -> None:
-    first, again, other = run_seed(3), run_seed(3), run_seed(4)
+    first, again, other = short(3), short(3), short(4)
     assert first == again
     assert first.trace_hash != other.trace_hash
 
 
 def test_a_trace_does_not_change_the_run() -> None:
-    plain, traced = run_seed(3), run_seed(3, keep_trace=True)
-    assert plain.trace == () and len(traced.trace) > 20
+    plain, traced = short(9), short(9, keep_trace=True)
+    assert plain.trace == () and len(traced.trace) > 10
     assert plain.trace_hash == traced.trace_hash
 
 
 @pytest.mark.parametrize("hash_seed", ["1", "2"])
 def test_a_run_does_not_depend_on_the_hash_seed(hash_seed: str) -> None:
-    program = "from chaos.sim.run import run_seed; print(run_seed(5).trace_hash)"
+    program = "from tests.unit.chaos.test_sim import short; print(short(5).trace_hash)"
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.strip() == run_seed(5).trace_hash
+    assert done.stdout.strip() == short(5).trace_hash
 
 
 @pytest.mark.parametrize("bug", PLANTED, ids=lambda bug: bug.__name__)
 def test_a_planted_bug_is_found(bug: Bug) -> None:
-    result = run_seed(PLANTED[bug], build=build_of(bug))
-    assert not result.ok, f"seed {PLANTED[bug]} finds it no longer; python -m tests.unit.chaos.planted finds another"
+    """By the seed that found it when it was planted, or by one of the next: the draw of a schedule may have changed."""
+    first = PLANTED[bug]
+    found = (not run_seed(seed, build=build_of(bug)).ok for seed in range(first, first + NEXT_SEEDS))
+    assert any(found), "look for another seed: python -m tests.unit.chaos.planted"
 
 
 @pytest.mark.chaos
@@ -181,14 +191,14 @@ def failover_seconds(seed: int, *, frozen: bool) -> float:
         preferred="",
         threaded_writes=False,
         clients=1,
-        proposals_per_second=100.0,
+        proposals_per_second=50.0,
         burst_max=1,
     )
     world = World(plan, ())
     for node in world.nodes.values():
         world.at(0.01, node.start)
     world.at(0.5, world._send, stream(seed, "client/0"))
-    world.run_until(5.0 + (seed % 7) * 0.04)
+    world.run_until(3.5 + (seed % 7) * 0.04)
     leader = world.leader()
     assert leader is not None
     if frozen:
@@ -201,10 +211,10 @@ def failover_seconds(seed: int, *, frozen: bool) -> float:
 
 
 def test_a_killed_leader_is_replaced_within_the_goal() -> None:
-    seconds = sorted(failover_seconds(seed, frozen=False) for seed in range(30))
-    assert seconds[15] <= 0.2 and seconds[-1] <= 0.7, seconds
+    seconds = sorted(failover_seconds(seed, frozen=False) for seed in range(12))
+    assert seconds[6] <= 0.2 and seconds[-1] <= 0.7, seconds
 
 
 def test_a_frozen_leader_is_replaced_within_the_goal() -> None:
-    seconds = sorted(failover_seconds(seed, frozen=True) for seed in range(30))
-    assert seconds[15] <= 1.8 and seconds[-1] <= 3.0, seconds
+    seconds = sorted(failover_seconds(seed, frozen=True) for seed in range(12))
+    assert seconds[6] <= 1.8 and seconds[-1] <= 3.0, seconds
