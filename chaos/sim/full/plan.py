@@ -8,7 +8,7 @@ from attrs import frozen
 
 from chaos.sim.chance import stream
 
-SECONDS_OF_FAULTS: Final = 20.0
+SECONDS_OF_FAULTS: Final = {"groups": 15.0, "cluster": 12.0}
 SECONDS_TO_SETTLE: Final = 60.0
 """After the last fault, everything must be level again within this time, without a new proposal (raft.md 6.1, 14)."""
 
@@ -36,7 +36,7 @@ class FullPlan:
     fault_interval: float
     faults: tuple[str, ...]
     """The kinds of faults of this run; each seed has some of them only, so that some runs are calm in some respect."""
-    seconds: float = SECONDS_OF_FAULTS
+    seconds: float
 
     def describe(self) -> str:
         return (
@@ -67,10 +67,11 @@ FAULTS: Final = (
 def draw_plan(seed: int, kind: Kind | None = None) -> FullPlan:
     rng = stream(seed, "full plan")
     drawn: Kind = "groups" if rng.random() < 0.5 else "cluster"
+    kind = kind or drawn
     kinds = sorted({fault for fault in FAULTS if rng.random() < 0.7}) or ["kill"]
     return FullPlan(
         seed=seed,
-        kind=kind or drawn,
+        kind=kind,
         flush="sync" if rng.random() < 0.5 else "async",
         latency=rng.choice((0.0002, 0.0005, 0.001, 0.005)),
         jitter=rng.choice((0.0, 0.0, 0.001, 0.01)),
@@ -78,8 +79,9 @@ def draw_plan(seed: int, kind: Kind | None = None) -> FullPlan:
         sync_seconds=rng.choice((0.0002, 0.001, 0.005, 0.02)),
         cold=rng.choice((0.0, 0.1)),
         segment_bytes=rng.choice((65_536, 262_144)),
-        rate=rng.choice((20.0, 60.0, 150.0)),
+        rate=rng.choice((20.0, 60.0, 150.0) if kind == "groups" else (10.0, 25.0, 50.0)),
         record_bytes_max=rng.choice((64, 1000, 5000)),
         fault_interval=rng.choice((0.5, 1.0, 2.0)),
         faults=tuple(kinds),
+        seconds=SECONDS_OF_FAULTS[kind],
     )

@@ -12,6 +12,21 @@ from chaos.sim.full.groups import GroupsSubject
 from chaos.sim.full.plan import FullPlan, draw_plan
 from chaos.sim.full.world import World
 
+TOTALS = (
+    "delivered",
+    "elections",
+    "entries",
+    "proposals",
+    "acknowledged",
+    "starts",
+    "crashes",
+    "power_losses",
+    "pauses",
+    "partitions",
+    "disk_faults",
+    "transfers",
+)
+
 
 @frozen(kw_only=True)
 class SeedResult:
