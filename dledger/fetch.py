@@ -251,10 +251,9 @@ class FetchServer:
             await self._wake[peer].wait()
             self._wake[peer] = trio.Event()
             while waiting:
-                link, fetch = waiting[0]
+                link, fetch = waiting.popleft()
                 if not link.is_closed:
                     await self._answer(link, fetch)
-                waiting.popleft()
 
     async def _answer(self, link: Link, fetch: Fetch) -> None:
         try:

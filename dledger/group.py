@@ -461,7 +461,9 @@ class RaftGroup:
             await self._need.wait()
             self._need = trio.Event()
             self.state = "installing"
-            installer = self._installer = Installer(self._env, self.config.data_dir, segment_bytes, client, self._log)
+            installer = self._installer = Installer(
+                self._env, self.config.data_dir, segment_bytes, client, self._log, store
+            )
             pulled = await installer.pull(lambda: self._needed - 1, lambda: store.last_index + 1 < self._needed)
             self._installer = None
             self.state = "serving"

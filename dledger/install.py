@@ -87,7 +87,7 @@ class Installer:
         turn = 0
         while is_needed():
             sources = self._client.sources()
-            self.waits_for = "no peer is connected"
+            self.waits_for = "" if sources else "no peer is connected"
             if sources:
                 source = sources[turn % len(sources)]
                 turn += 1

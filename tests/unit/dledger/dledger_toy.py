@@ -210,6 +210,20 @@ class ToyCluster:
         self.peers: dict[str, tuple[str, int]] = {}
         self.nodes = {f"n{number}": Node(self, f"n{number}") for number in range(size)}
         self.is_error_expected = False
+        self.node_settings: dict[str, dict[str, Any]] = {}
+        """What one node's configuration has otherwise."""
+
+    async def add(self, name: str) -> Node:
+        """One more node, blank, that knows the others; none of them knows it yet."""
+        listener = await self.env.net.listen("127.0.0.1", 0)
+        known = dict(self.peers)
+        self.peers = {**self.peers, name: listener.address}
+        for other in self.nodes:
+            self.node_settings.setdefault(other, {})["peers"] = known
+        self.node_settings[name] = {"format_if_empty": False, "join": True}
+        node = self.nodes[name] = Node(self, name)
+        await node.start(listener)
+        return node
 
     def config(self, node_id: str) -> GroupConfig:
         settings: dict[str, Any] = {
@@ -225,7 +239,7 @@ class ToyCluster:
             "election_timeout_ms_max": 600,
             "flush_interval_ms": 50,
         }
-        return GroupConfig(**{**settings, **self.settings})
+        return GroupConfig(**{**settings, **self.settings, **self.node_settings.get(node_id, {})})
 
     async def start(self, *names: str) -> None:
         listeners = {name: await self.env.net.listen("127.0.0.1", 0) for name in self.nodes}

@@ -1,0 +1,285 @@
+"""Blank and far-behind nodes are filled with whole segments, members come and go, leadership is handed over."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from dledger.core.config import RaftConfig
+from dledger.errors import LedgerError, NotLeader
+from dledger.group import AddLearner, Promote, Remove
+from runtime.testing import wait_until
+from tests.unit.dledger.dledger_toy import Node, ToyCluster, toy_env
+from tests.unit.dledger.test_repair import SEGMENT, assert_identical, fill, flip_body
+
+
+@asynccontextmanager
+async def cluster(tmp_path: Path, size: int = 3, **settings: Any) -> AsyncIterator[ToyCluster]:
+    async with trio.open_nursery() as nursery:
+        toy = ToyCluster(toy_env(tmp_path), tmp_path, nursery, size, **{"segment_bytes": SEGMENT, **settings})
+        await toy.start()
+        yield toy
+        nursery.cancel_scope.cancel()
+
+
+def first_indexes(toy: ToyCluster) -> list[int]:
+    return [node.running.statistics().first_index for node in toy.alive()]
+
+
+async def save_checkpoints(toy: ToyCluster) -> None:
+    for _ in range(2):  # both that are kept must cover what is removed
+        for node in toy.alive():
+            await trio.to_thread.run_sync(node.running.save_checkpoint, *node.machine.checkpoint())
+
+
+async def trim(toy: ToyCluster) -> None:
+    """Remove the older segments on all live nodes, behind a checkpoint on each."""
+    await toy.level()
+    await save_checkpoints(toy)
+    leader = await toy.leader()
+    leader.running.trim_to(leader.running.committed_position)
+    await wait_until(lambda: min(first_indexes(toy)) > 1, what="trimmed logs")
+
+
+def a_follower(toy: ToyCluster) -> Node:
+    return next(node for node in toy.alive() if node.running.leader_id not in (None, node.node_id))
+
+
+def retained(toy: ToyCluster) -> int:
+    return max(node.running.first_position for node in toy.alive())
+
+
+def assert_same_logs(toy: ToyCluster) -> None:
+    """From the highest first position on, and the tables."""
+    start = retained(toy)
+    ends = {node.running.committed_position for node in toy.alive()}
+    assert len(ends) == 1
+    end = ends.pop()
+    logs = []
+    for node in toy.alive():
+        parts = [path.read_bytes() for path in sorted((node.folder / "log").iterdir()) if path.name.isdigit()]
+        base = node.running.first_position
+        logs.append(b"".join(parts)[start - base : end - base])
+    assert all(log == logs[0] for log in logs) and logs[0]
+    tables = [node.machine.applied for node in toy.alive()]
+    assert all(table == tables[0] for table in tables)
+
+
+async def begin_blank(toy: ToyCluster, node: Node) -> None:
+    """Its disk was replaced: an empty folder under the old id, started as one that joins."""
+    toy.env.files.remove_tree(str(node.folder))
+    toy.node_settings[node.node_id] = {"format_if_empty": False, "join": True}
+    await node.start()
+
+
+async def test_scenario_21_blank_node_is_filled_on_an_idle_cluster_whose_log_was_trimmed(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as toy:
+        await fill(toy, 45)
+        node = a_follower(toy)
+        await node.stop()
+        await trim(toy)
+        before = {other.node_id: other.running.end_position for other in toy.alive()}
+        await begin_blank(toy, node)
+        await toy.level(20)
+        assert {other.node_id: other.running.end_position for other in toy.alive() if other is not node} == before
+        assert_same_logs(toy)
+        now = node.running.statistics()
+        assert now.counters["installs"] == 1 and now.first_index > 1 and now.state == "serving"
+        await wait_until(lambda: not node.running.statistics().recovering, what="the leader's confirmation")
+        await toy.put(b"more")
+        await toy.level()
+        assert_same_logs(toy)
+        await node.stop()
+        await node.start()
+        assert not node.running.statistics().recovering, "confirmed once and for all"
+
+
+async def test_scenario_21_blank_node_is_filled_by_appends_where_nothing_was_trimmed(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as toy:
+        await fill(toy, 12)
+        node = a_follower(toy)
+        await node.stop()
+        await begin_blank(toy, node)
+        await toy.level(20)
+        assert_identical(toy)
+        assert node.running.statistics().counters["installs"] == 0
+
+
+async def test_node_below_the_first_index_is_filled_killed_half_way_and_goes_on(tmp_path: Path) -> None:
+    async with cluster(tmp_path, fetch_bytes_per_second=1_500_000) as toy:
+        await fill(toy, 3)
+        node = a_follower(toy)
+        await node.stop()
+        await fill(toy, 25)
+        await trim(toy)
+        await fill(toy, 25)
+        await node.start()
+        await wait_until(
+            lambda: (
+                node.running._installer is not None
+                and 0 < node.running._installer.missing_bytes < node.running._installer.total_bytes
+            ),
+            limit=10,
+            what="half of the transfer",
+        )
+        assert node.running.statistics().state == "installing"
+        await node.kill()
+        progress = (node.folder / "incoming" / "progress").read_bytes()
+        assert 0 < progress.count(1) < len(progress)
+        await node.start()
+        await toy.level(20)
+        assert_same_logs(toy)
+        assert node.running.statistics().counters["installs"] == 1
+        assert not (node.folder / "incoming").exists()
+
+
+async def test_segments_that_a_node_has_already_are_not_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Far behind, though nothing was trimmed: only what it lacks comes over the network."""
+    monkeypatch.setattr(
+        "dledger.config.GroupConfig.raft_config",
+        lambda config: RaftConfig(
+            heartbeat=0.05,
+            election_timeout_min=0.3,
+            election_timeout_max=0.6,
+            round_timeout=0.15,
+            segment_bytes=config.segment_bytes,
+            segments_behind_bytes=2 * SEGMENT,
+        ),
+    )
+    async with cluster(tmp_path) as toy:
+        await fill(toy, 25)
+        await toy.level()
+        node = a_follower(toy)
+        had = node.running.end_position
+        await node.stop()
+        await fill(toy, 25)
+        received = 0
+
+        async def watch() -> None:
+            nonlocal received
+            while True:
+                if node.group is not None and node.group._installer is not None:
+                    received = max(received, node.group._installer._client.bytes_received)
+                await trio.lowlevel.checkpoint()
+
+        toy.nursery.start_soon(watch)
+        await node.start()
+        await toy.level(20)
+        assert_same_logs(toy)
+        assert node.running.statistics().counters["installs"] == 1
+        total = node.running.end_position
+        assert 0 < received < total - had + 2 * SEGMENT, (received, had, total)
+
+
+async def test_damage_that_the_peers_have_trimmed_is_replaced_by_segments(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as toy:
+        await fill(toy, 30)
+        await toy.level()
+        node = a_follower(toy)
+        await node.stop()
+        flip_body(node)
+        await trim(toy)
+        await node.start()
+        await toy.level(20)
+        assert_same_logs(toy)
+        assert node.running.statistics().counters["installs"] == 1
+        await wait_until(lambda: not node.running.statistics().recovering, what="the leader's confirmation")
+
+
+async def test_scenario_23_blank_and_lagging_nodes_elect_nobody(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as toy:
+        await fill(toy, 2)
+        await toy.level()
+        leader = await toy.leader()
+        blank, lagging = (node for node in toy.nodes.values() if node is not leader)
+        await lagging.stop()
+        await fill(toy, 2, b"acknowledged")
+        await toy.level()
+        await leader.stop()
+        await blank.stop()
+        await begin_blank(toy, blank)
+        await lagging.start()
+        await trio.sleep(1.5)
+        assert not toy.leaders() and blank.running.statistics().recovering
+        await blank.kill()
+        await blank.start()
+        assert blank.running.statistics().recovering, "also behind a restart"
+        await trio.sleep(1.0)
+        assert not toy.leaders()
+        await leader.start()
+        await toy.put(b"more", limit=20)
+        await toy.level()
+        assert_identical(toy)
+        assert len(leader.machine.applied) == 4 * 300 + 1
+
+
+async def test_a_learner_joins_is_promoted_and_leaves(tmp_path: Path) -> None:
+    async with cluster(tmp_path, cluster_uuid="u" * 32, founders=("n0", "n1", "n2")) as toy:
+        await fill(toy, 3)
+        newcomer = await toy.add("n3")
+        leader = await toy.leader()
+        with pytest.raises(NotLeader):
+            await a_follower(toy).running.change_members(Promote("n3"))
+        with pytest.raises(LedgerError, match="n3 is not a learner"):
+            await leader.running.change_members(Promote("n3"))
+        await leader.running.change_members(AddLearner("n3", toy.peers["n3"]))
+        await wait_until(lambda: len(newcomer.machine.applied) == 900, what="the learner to catch up")
+        assert leader.running.statistics().learners == ("n3",)
+        await leader.running.change_members(Promote("n3"))
+        await wait_until(lambda: "n3" in newcomer.running.members.voters, what="the promotion")
+        gone = next(node for node in toy.alive() if node not in (leader, newcomer))
+        await leader.running.change_members(Remove(gone.node_id))
+        await toy.put(b"without it")
+        assert gone.node_id not in leader.running.members
+        await wait_until(
+            lambda: not leader.running._driver.peers.is_connected(gone.node_id),  # type: ignore[union-attr]
+            what="the connection to close",
+        )
+        await gone.stop()
+        # The members outlive a restart, and a checkpoint in place of the log that named them.
+        await save_checkpoints(toy)
+        await newcomer.stop()
+        await newcomer.start()
+        assert newcomer.running.members.voters == tuple(sorted({"n0", "n1", "n2", "n3"} - {gone.node_id}))
+        await toy.put(b"more")
+        await toy.level()
+        assert_same_logs(toy)
+
+
+async def test_transfer_and_wait_tells_how_it_ended(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as toy:
+        await toy.put(b"one")
+        leader = await toy.leader()
+        target = a_follower(toy)
+        assert "not leader" in str(await target.running.transfer_and_wait())
+        assert "not another" in str(await leader.running.transfer_and_wait("nobody"))
+        assert await leader.running.transfer_and_wait(target.node_id) is None
+        await wait_until(lambda: target.running.is_ready_leader, what="the target to lead")
+        await toy.put(b"two")
+
+
+async def test_reads_by_index_are_confirmed_by_the_leader_alone(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as toy:
+        await toy.put(b"one")
+        leader = await toy.leader()
+        told: list[str | None] = []
+        leader.running.read_index(told.append)
+        leader.running.read_index(told.append)
+        await wait_until(lambda: len(told) == 2, what="the confirmation")
+        assert told == [None, None]
+        a_follower(toy).running.read_index(told.append)
+        await wait_until(lambda: len(told) == 3, what="the refusal")
+        assert told[2] is not None
+        for node in list(toy.alive()):
+            if node is not leader:
+                await node.kill()
+        leader.running.read_index(told.append)
+        await wait_until(lambda: len(told) == 4, what="the end of the wait")
+        assert told[3] is not None, "nobody confirms it"
