@@ -289,6 +289,17 @@ def test_4_2_1_a_learner_neither_campaigns_nor_is_asked() -> None:
     assert {peer for _, peer, message in group.history_of("n2") if isinstance(message, msg.PreVote)} == {"n0", "n1"}
 
 
+def test_4_2_1_no_vote_is_asked_of_a_learner() -> None:
+    group = with_learner()
+    group.isolate("n0")
+    group.lose("n1", "n0", hard=True)
+    group.lose("n2", "n0", hard=True)
+    group.run(1.0)
+    (leader,) = [name for name in group.leaders() if name != "n0"]
+    votes = [peer for _, peer, message in group.history_of(leader) if isinstance(message, msg.Vote)]
+    assert votes and "n3" not in votes
+
+
 def test_4_2_1_a_node_that_is_no_member_yet_waits() -> None:
     group = led()
     group.run(10.0)
