@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
+from dledger.errors import DiskFull, LedgerError, Overloaded, TooLarge
 from remoting.codes import DEFAULT_REGION, ResponseCode
 from remoting.command import encode_response
 from remoting.frames import format_send_response
@@ -22,6 +23,9 @@ BUSY: Final = "busy"
 CUT: Final = "cut"
 UNKNOWN: Final = "unknown"
 TOO_LARGE: Final = "too large"
+NO_ROOM: Final = "no room"
+
+NO_ROOM_REMARK: Final = "service not available now: the disk of the broker is full or nearly so, nothing was stored"
 
 REFUSALS: Final[dict[str, tuple[ResponseCode, str]]] = {
     NOT_LEADER: (ResponseCode.SERVICE_NOT_AVAILABLE, "this node is not the leader of its group, nothing was stored"),
@@ -34,9 +38,19 @@ REFUSALS: Final[dict[str, tuple[ResponseCode, str]]] = {
         ResponseCode.SYSTEM_ERROR,
         "in-sync replicas not enough: outcome unknown, the request may still be committed",
     ),
+    NO_ROOM: (ResponseCode.SERVICE_NOT_AVAILABLE, NO_ROOM_REMARK),
     TOO_LARGE: (ResponseCode.MESSAGE_ILLEGAL, "the stored form is larger than an entry of the log may be"),
 }
 """Response code and remark per reason of `Done`."""
+
+
+def reason_of(error: LedgerError) -> str:
+    """The reason for a proposal that was refused at once."""
+    if isinstance(error, DiskFull):
+        return NO_ROOM
+    if isinstance(error, Overloaded):
+        return BUSY
+    return TOO_LARGE if isinstance(error, TooLarge) else NOT_LEADER
 
 
 class Answerable(Protocol):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
+from broker.answers import NO_ROOM_REMARK
 from remoting.codes import FLAG_ONEWAY, RequestCode, ResponseCode
 from remoting.command import Command, encode_response
 from remoting.errors import RemoteProtocolError
@@ -53,6 +54,9 @@ _SENDS: Final = frozenset(
 )
 _NEVER_LOGGED: Final = b'{"code":14,'
 """How an answer starts that says: this was not stored, and never will be."""
+_NO_ROOM: Final = NO_ROOM_REMARK.encode()
+"""In such an answer: no use in asking again soon."""
+_HEADER_LOOK: Final = 1_024
 
 
 class _Request:
@@ -399,7 +403,7 @@ class Forwarder:
         request = self._take_pending(request_id)
         if request is None:
             return  # answered already: its budget was over, or it was forwarded again
-        if answer[8 : 8 + len(_NEVER_LOGGED)] == _NEVER_LOGGED:
+        if answer[8 : 8 + len(_NEVER_LOGGED)] == _NEVER_LOGGED and _NO_ROOM not in answer[:_HEADER_LOOK]:
             request.refusal = answer
             self._hold_again(request)
         elif request.conn.closed_reason is None:

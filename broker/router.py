@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from broker.answers import BUSY, NOT_LEADER, REFUSALS, TOO_LARGE
+from broker.answers import REFUSALS, reason_of
 from broker.failures import UNEXPECTED
 from broker.forward import ForwardedConnection, Forwarder
 from dledger.errors import NotLeader, Overloaded, TooLarge
@@ -217,12 +217,8 @@ class Router:
                 conn.write(answer)
         except BAD_INPUT as error:
             self._answer(frame, conn, ResponseCode.SYSTEM_ERROR, str(error))
-        except NotLeader:
-            self._answer(frame, conn, *REFUSALS[NOT_LEADER])
-        except Overloaded:
-            self._answer(frame, conn, *REFUSALS[BUSY])
-        except TooLarge:
-            self._answer(frame, conn, *REFUSALS[TOO_LARGE])
+        except (NotLeader, Overloaded, TooLarge) as error:
+            self._answer(frame, conn, *REFUSALS[reason_of(error)])
         except UNEXPECTED as error:
             self._broker.failures.answer(decode_frame(frame), conn, error)
 

@@ -19,7 +19,7 @@ import cbor2
 import msgspec
 import trio
 
-from broker.answers import BUSY, CUT, NOT_LEADER, TOO_LARGE, UNKNOWN, Done, SendAnswers, SendWaiter
+from broker.answers import BUSY, CUT, NO_ROOM, NOT_LEADER, UNKNOWN, Done, SendAnswers, SendWaiter, reason_of
 from broker.checkpoints import Checkpoints
 from broker.consume_queue import QueueFilesShort, QueueState, QueueTable
 from broker.dedup import DedupFiles, DedupWindow, SavedGeneration, dedup_key
@@ -288,12 +288,8 @@ class BrokerState:
         """
         try:
             self._log_ops(ops, done)
-        except NotLeader:
-            done(False, NOT_LEADER)
-        except Overloaded:
-            done(False, BUSY)
-        except TooLarge:
-            done(False, TOO_LARGE)
+        except (NotLeader, Overloaded, TooLarge) as error:
+            done(False, reason_of(error))
 
     def _log_ops(self, ops: Sequence[tuple[Any, ...]], done: Done) -> None:
         if not self.group.is_ready_leader:
@@ -776,7 +772,7 @@ class BrokerState:
                 nonlocal waiting
                 if not ok:
                     failures.append(reason)
-                    if reason == BUSY:
+                    if reason in (BUSY, NO_ROOM):
                         self.offsets.put_back(part)
                 waiting -= 1
                 if not waiting and done is not None:

@@ -8,7 +8,7 @@ from typing import Any
 from attrs import define
 
 from dledger.core.types import HEADER_BYTES, Role
-from dledger.errors import NotLeader, Overloaded, TooLarge
+from dledger.errors import DiskFull, NotLeader, Overloaded, TooLarge
 
 BATCH_BYTES = 256 * 1024
 BATCH_RECORDS = 1024
@@ -45,6 +45,8 @@ class MemoryGroup:
         self.committed_position = 0
         self.full = False
         """True: `reserve` raises Overloaded."""
+        self.disk_full = False
+        """True: `reserve` raises DiskFull."""
         self.reads: list[Callable[[str | None], None]] = []
         """Reads that wait for `settle_reads`, where `holds_reads`; else they are confirmed at once."""
         self.holds_reads = False
@@ -86,6 +88,8 @@ class MemoryGroup:
             raise NotLeader(self.leader_id)
         if self.full:
             raise Overloaded("full")
+        if self.disk_full:
+            raise DiskFull("full")
         if nbytes > ENTRY_BYTES:
             raise TooLarge(f"{nbytes} bytes")
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from attrs import define
 
-from broker.answers import BUSY, NOT_LEADER, TOO_LARGE, Done
+from broker.answers import BUSY, NO_ROOM, NOT_LEADER, Done, reason_of
 from broker.consume_queue import NotAtHand
 from broker.dedup import dedup_key
 from broker.delay import MAX_LEVEL
@@ -44,7 +44,7 @@ from broker.topics import (
     topic_config_text,
     validate_topic,
 )
-from dledger.errors import NotLeader, Overloaded, TooLarge
+from dledger.errors import LedgerError, NotLeader, Overloaded, TooLarge
 from remoting.bodies import SubscriptionGroupConfig, TopicConfig
 from remoting.codes import (
     DLQ_TOPIC_PREFIX,
@@ -287,16 +287,10 @@ class SendProcessor:
         if not command.is_oneway:
             conn.write(encode_response(command, ResponseCode.SYSTEM_ERROR, {}, remark=remark))
 
-    def _refuse_by(self, error: Exception, header: SendHeader, conn: Any) -> None:
+    def _refuse_by(self, error: LedgerError, header: SendHeader, conn: Any) -> None:
         if header.flag & FLAG_ONEWAY:
             return
-        if isinstance(error, Overloaded):
-            reason = BUSY
-        elif isinstance(error, TooLarge):
-            reason = TOO_LARGE
-        else:
-            reason = NOT_LEADER
-        conn.write(self._answers.failed(header.opaque, reason))
+        conn.write(self._answers.failed(header.opaque, reason_of(error)))
 
     # ------------------------------------------------------------------------------------------------ the careful way
 
@@ -455,7 +449,7 @@ class SendProcessor:
                 self._send_slowly(header, body, conn)
             elif not header.flag & FLAG_ONEWAY:
                 # The send itself was never logged, whatever became of the topic.
-                conn.write(self._answers.failed(header.opaque, BUSY if reason == BUSY else NOT_LEADER))
+                conn.write(self._answers.failed(header.opaque, reason if reason in (BUSY, NO_ROOM) else NOT_LEADER))
 
     # ---------------------------------------------------------------------------------------------- single messages
 
@@ -512,7 +506,7 @@ class SendProcessor:
             if ok:
                 self._store(header, body, self._state.topics.committed[name], conn, target)
             elif not header.flag & FLAG_ONEWAY:
-                conn.write(self._answers.failed(header.opaque, BUSY if reason == BUSY else NOT_LEADER))
+                conn.write(self._answers.failed(header.opaque, reason if reason in (BUSY, NO_ROOM) else NOT_LEADER))
 
         self._state.ensure_topic(_one_queue_topic(name), ready)
 
@@ -881,7 +875,7 @@ class SendProcessor:
             if ok:
                 store()
             else:
-                self._answer_back(request, conn, BUSY if reason == BUSY else NOT_LEADER)
+                self._answer_back(request, conn, reason if reason in (BUSY, NO_ROOM) else NOT_LEADER)
 
         state.ensure_topic(topic, ready)
         return None
@@ -935,12 +929,8 @@ class SendProcessor:
                     record.body,
                     target.properties,
                 )
-            except NotLeader:
-                self._answer_back(request, conn, NOT_LEADER)
-            except Overloaded:
-                self._answer_back(request, conn, BUSY)
-            except TooLarge:
-                self._answer_back(request, conn, TOO_LARGE)
+            except (NotLeader, Overloaded, TooLarge) as error:
+                self._answer_back(request, conn, reason_of(error))
             else:
                 staged.callbacks.append(self._back_answerer(request, conn))
 

@@ -160,6 +160,17 @@ async def test_a_lost_answer_of_a_send_is_asked_for_again(two: Two) -> None:
     assert two.leader.state.queues.max_offset("T", 0) == 1
 
 
+async def test_a_full_disk_is_not_asked_again(two: Two) -> None:
+    """Unlike a leader that is none any more, it has no better answer a moment later."""
+    two.leader.group.disk_full = True
+    two.follower.tell(310, send_ext(), b"hello")
+    two.carry()
+    two.carry()
+    (answer,) = two.follower.conn.received()
+    assert answer.code == ResponseCode.SERVICE_NOT_AVAILABLE and "disk" in (answer.remark or "")
+    assert two.follower.forwarder.held == 0
+
+
 @pytest.mark.parametrize(
     ("code", "ext"),
     [

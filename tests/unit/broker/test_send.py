@@ -548,6 +548,13 @@ def test_not_leader_14_overloaded_2(node: Node) -> None:
     node.group.full = True
     assert node.send_now("T", b"m").code == 2
     node.group.full = False
+    node.group.disk_full = True
+    answer = node.send_now("T", b"m")
+    assert answer.code == 14 and "disk" in (answer.remark or "")
+    reasons: list[str | None] = []
+    node.state.propose_op(("topic_put", TopicConfig(topic_name="N")), lambda ok, reason: reasons.append(reason))
+    assert reasons == ["no room"]
+    node.group.disk_full = False
     node.group.follow()
     assert node.send_now("T", b"m").code == 14
     assert node.send_now("Unknown", b"m").code == 14
