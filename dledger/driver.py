@@ -225,6 +225,7 @@ class Driver:
         self._durable_index = store.durable_index
         self._cut: tuple[int, Sequence[fx.Effect]] | None = None
         self._transfer: tuple[str | None] | None = None
+        self._transfer_wanted: list[Told] = []
         self._transfer_told: list[Told] = []
         self._in_turn = False
         self._is_stopping = False
@@ -306,7 +307,7 @@ class Driver:
     def transfer(self, target: str | None, told: Told | None = None) -> None:
         """Hand leadership to `target`, or to the most advanced member. Ends within an election timeout."""
         if told is not None:
-            self._transfer_told.append(told)
+            self._transfer_wanted.append(told)
         self._transfer = (target,)
         self.wake()
 
@@ -733,11 +734,14 @@ class Driver:
         own, self._own = self._own, deque()
         for _, _, told in own:
             told(reason)
-        if self._transfer is not None and self.role is not Role.LEADER:
+        if self._transfer is not None:
             self._transfer = None
-            self._tell_transfer(reason)
+            wanted, self._transfer_wanted = self._transfer_wanted, []
+            for told in wanted:
+                told("a transfer is under way already" if self.role is Role.LEADER else reason)
 
     def _tell_transfer(self, reason: str | None) -> None:
+        """How the one under way has ended."""
         waiting, self._transfer_told = self._transfer_told, []
         for told in waiting:
             told(reason)
@@ -768,6 +772,12 @@ class Driver:
     def _begin_transfer(self, now: float) -> None:
         assert self._transfer is not None
         (target,), self._transfer = self._transfer, None
+        told, self._transfer_wanted = self._transfer_wanted, []
+        if self.core.is_transferring:
+            for each in told:
+                each("a transfer is under way already")
+            return
+        self._transfer_told = told
         self.batch.leading = False
         self.batch.leader_id = None
         effects = self.core.step(Transfer(now, target))
@@ -789,7 +799,6 @@ class Driver:
         self.term = change.term
         self.leader_id = change.leader
         self.is_ready = False
-        self._transfer = None
         self._tell_transfer(f"the role changed: {change.reason}")
         for staged in self.batch.stop(change.leader):
             self._machine.discard(staged)
@@ -909,6 +918,8 @@ class Driver:
         self._reads.stop("this node stops")
         self._outcomes.lost("this node stops; the outcome is unknown")
         self._tell_transfer("this node stops")
+        for told in self._transfer_wanted:
+            told("this node stops")
         self._machine.turn_done()
         self._machine.stopped()
         await trio.lowlevel.checkpoint_if_cancelled()  # whoever ends us does not want to hear of it any more
