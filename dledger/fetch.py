@@ -26,7 +26,7 @@ from dledger.store.checkpoint import pack_checkpoint, read_checkpoint
 from dledger.store.faults import FaultyRange
 from dledger.store.log_store import LogStore
 from dledger.store.manifest import Manifest, SegmentInfo
-from dledger.store.staging import decode_manifest, encode_manifest
+from dledger.store.staging import encode_manifest
 from dledger.wire import Fetch, Fetched, FetchKind, FetchStatus
 from runtime.model import Env
 
@@ -52,6 +52,8 @@ class Answer:
     total: int = 0
     identity: int = 0
     reason: str = ""
+    leased_position: int | None = None
+    """Segments from this byte of the log on have been promised with it."""
 
     @property
     def is_ok(self) -> bool:
@@ -138,7 +140,7 @@ class LogSource:
         manifest = committed_manifest(self._store, self._segment_bytes, self._committed())
         if manifest is None:
             return Answer(FetchStatus.BUSY, reason="nothing is committed yet")
-        return Answer(FetchStatus.OK, encode_manifest(manifest))
+        return Answer(FetchStatus.OK, encode_manifest(manifest), leased_position=manifest.segments[0].base)
 
     async def _chunk(self, base: int, offset: int, nbytes: int) -> Answer:
         store = self._store
@@ -262,9 +264,8 @@ class FetchServer:
             answer = Answer(FetchStatus.DAMAGED, reason=str(error))
             if self.on_damage is not None:
                 self.on_damage(error)
-        if answer.is_ok and fetch.kind is FetchKind.MANIFEST:
-            first = decode_manifest(answer.data).segments[0].base
-            self._leases[link.peer] = (self._monotonic() + LEASE_SECONDS, first)
+        if answer.leased_position is not None:
+            self._leases[link.peer] = (self._monotonic() + LEASE_SECONDS, answer.leased_position)
         elif fetch.kind is FetchKind.CHUNK and link.peer in self._leases:
             self._leases[link.peer] = (self._monotonic() + LEASE_SECONDS, self._leases[link.peer][1])
         data = memoryview(answer.data)
