@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
 if TYPE_CHECKING:
+    from chaos.sim.full.run import SeedResult as FullResult
     from chaos.sim.run import SeedResult
     from chaos.sim.scenario import Scenario
     from chaos.sim.shrink import Shrunk
@@ -74,18 +75,31 @@ def _trace_hash(seed: int) -> str:
     return _play(seed).trace_hash
 
 
-def _play_all(seeds: Sequence[int], jobs: int) -> Iterator[SeedResult]:
+def _play_full(seed: int) -> FullResult:
+    from chaos.sim.full.run import run_seed
+
+    return run_seed(seed)
+
+
+def _full_trace_hash(seed: int) -> str:
+    return _play_full(seed).trace_hash
+
+
+Result = TypeVar("Result")
+
+
+def _play_all(play: Callable[[int], Result], seeds: Sequence[int], jobs: int, *, chunk: int = 4) -> Iterator[Result]:
     if jobs == 1:
-        yield from map(_play, seeds)
+        yield from map(play, seeds)
         return
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        yield from pool.imap(_play, seeds, chunksize=4)
+        yield from pool.imap(play, seeds, chunksize=chunk)
 
 
-def _play_again(seeds: Sequence[int]) -> list[str]:
+def _play_again(trace_hash: Callable[[int], str], seeds: Sequence[int]) -> list[str]:
     """Trace hashes from a fresh process: its hash seed is another one."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.map(_trace_hash, seeds)
+        return pool.map(trace_hash, seeds)
 
 
 def _stopwatch() -> Callable[[], float]:
@@ -127,6 +141,7 @@ Examples:
   quorate chaos sim
   quorate chaos sim --seeds 2000 --jobs 2
   quorate chaos sim --seeds 50 --start 1000 --json --no-shrink
+  quorate chaos sim --full --seeds 20 --jobs 2     whole programs instead of the core alone
 """,
 )
 @click.option("--seeds", default=100, show_default=True, type=click.IntRange(1), help="How many seeds to play.")
@@ -137,8 +152,12 @@ Examples:
 )
 @click.option("--out", default="chaos-out", show_default=True, help="Folder for the files of failing runs.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per seed and one with the totals.")
-def sim(seeds: int, start: int, jobs: int, is_shrinking: bool, out: str, as_json: bool) -> None:
+@click.option("--full", "is_full", is_flag=True, help="Engine full: the real programs, disks, streams and client.")
+def sim(seeds: int, start: int, jobs: int, is_shrinking: bool, out: str, as_json: bool, is_full: bool) -> None:
     """Play whole raft groups on virtual time: crashes, power losses, rotten disks, partitions. A seed is a schedule."""
+    if is_full:
+        _sim_full(range(start, start + seeds), jobs, as_json)
+        return
     from chaos.sim.reached import REACHED
 
     totals = dict.fromkeys(TOTALS, 0)
@@ -148,7 +167,7 @@ def sim(seeds: int, start: int, jobs: int, is_shrinking: bool, out: str, as_json
     sim_seconds = 0.0
     progress = _Progress(seeds)
     try:
-        for done, result in enumerate(_play_all(range(start, start + seeds), jobs), 1):
+        for done, result in enumerate(_play_all(_play, range(start, start + seeds), jobs), 1):
             for name in TOTALS:
                 totals[name] += getattr(result, name)
             for state, times in result.reached.items():
@@ -163,7 +182,7 @@ def sim(seeds: int, start: int, jobs: int, is_shrinking: bool, out: str, as_json
             if result.seed % AUDIT_EVERY == 0:
                 to_audit[result.seed] = result.trace_hash
             progress.show(done, totals, sim_seconds, sum(1 for times in reached.values() if times))
-        again = _play_again(list(to_audit)) if to_audit else []
+        again = _play_again(_trace_hash, list(to_audit)) if to_audit else []
         if is_shrinking:
             for seed in broken[:SHRUNK_MAX]:
                 _report_shrunk(_scenario_of(str(seed)), f"{out}/{seed}.toml")
@@ -198,6 +217,78 @@ def sim(seeds: int, start: int, jobs: int, is_shrinking: bool, out: str, as_json
         raise SystemExit(EXIT_NO_EVIDENCE)
 
 
+def _sim_full(seeds: range, jobs: int, as_json: bool) -> None:
+    """As `sim`, with engine full: half of the seeds are bare raft groups, half whole clusters."""
+    from chaos.sim.full.clock import NotDeterministic, probe_scheduler
+    from chaos.sim.full.run import TOTALS as FULL_TOTALS
+
+    totals = dict.fromkeys(FULL_TOTALS, 0)
+    broken: list[int] = []
+    to_audit: dict[int, str] = {}
+    sim_seconds = 0.0
+    elapsed = _stopwatch()
+    try:
+        probe_scheduler()
+        for result in _play_all(_play_full, seeds, jobs, chunk=1):
+            for name in FULL_TOTALS:
+                totals[name] += getattr(result, name)
+            sim_seconds += result.virtual_seconds
+            if as_json:
+                click.echo(json.dumps(result.to_json()))
+            if not result.ok:
+                broken.append(result.seed)
+                click.echo(f"seed {result.seed} at {result.at_seconds} s: {result.violation}", err=True)
+                click.echo(f"  repeat with: {result.reproduction}", err=True)
+            if result.seed % AUDIT_EVERY == 0:
+                to_audit[result.seed] = result.trace_hash
+        again = _play_again(_full_trace_hash, list(to_audit)) if to_audit else []
+    except NotDeterministic as error:
+        click.echo(str(error), err=True)
+        raise SystemExit(EXIT_KIT_FAILED) from None
+    except KeyboardInterrupt:
+        click.echo("interrupted", err=True)
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    unstable = [seed for (seed, first), second in zip(to_audit.items(), again, strict=True) if first != second]
+    for seed in unstable:
+        click.echo(f"seed {seed} gave two different runs", err=True)
+    if as_json:
+        document = {"seeds": len(seeds), "start": seeds.start, "broken": broken, "unstable": unstable}
+        click.echo(json.dumps({**document, "sim_seconds": round(sim_seconds, 1), **totals}))
+    else:
+        click.echo(
+            f"{len(seeds)} seeds of whole programs, {len(broken)} violations; {len(seeds) / elapsed():.2f} seeds/s, "
+            f"{sim_seconds / 60:.1f} simulated minutes; "
+            + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in totals.items())
+        )
+    if broken:
+        raise SystemExit(EXIT_BROKEN)
+    if unstable:
+        raise SystemExit(EXIT_KIT_FAILED)
+    if not totals["elections"] or not totals["acknowledged"]:
+        click.echo("nothing was elected or acknowledged: this proves nothing", err=True)
+        raise SystemExit(EXIT_NO_EVIDENCE)
+
+
+def _replay_full(what: str, trace: bool, as_json: bool) -> None:
+    if not (what.isascii() and what.isdigit()):
+        raise click.UsageError(f"{what!r} is not a seed; engine full has no scenario files")
+    from chaos.sim.full.run import run_seed
+
+    result = run_seed(int(what), keep_trace=trace)
+    if as_json:
+        click.echo(json.dumps(result.to_json()))
+    else:
+        for line in result.trace:
+            click.echo(line)
+        click.echo(f"seed {result.seed}: {result.plan}")
+        click.echo(f"{result.elections} elections, {result.acknowledged} acknowledged, trace {result.trace_hash}")
+        click.echo("every promise held" if result.ok else f"BROKEN at {result.at_seconds} s: {result.violation}")
+    if not result.ok:
+        raise SystemExit(EXIT_BROKEN)
+    if not result.acknowledged:
+        raise SystemExit(EXIT_NO_EVIDENCE)
+
+
 def _scenario_of(what: str) -> Scenario:
     """A seed's plan and faults, or those of a file. Raises UsageError."""
     from chaos.sim.plan import draw_plan
@@ -228,8 +319,12 @@ Examples:
 @click.option("--trace", is_flag=True, help="Print what every node did, with virtual time.")
 @click.option("--until", type=click.FloatRange(0.0), help="Stop at this virtual second and show every node.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-def replay(what: str, trace: bool, until: float | None, as_json: bool) -> None:
+@click.option("--full", "is_full", is_flag=True, help="The seed is one of engine full.")
+def replay(what: str, trace: bool, until: float | None, as_json: bool, is_full: bool) -> None:
     """Play one seed, or one scenario file, again."""
+    if is_full:
+        _replay_full(what, trace, as_json)
+        return
     from chaos.sim.run import run_scenario, run_seed
 
     scenario = _scenario_of(what)

@@ -485,8 +485,8 @@ class ClusterSubject:
             ):
                 tables.setdefault(what, {})[name] = cbor2.dumps(table, canonical=True)
         for what, by_node in tables.items():
-            for name, table in by_node.items():
-                difference = _difference(cbor2.loads(by_node[self._brokers[0]]), cbor2.loads(table), what)
+            for name, encoded in by_node.items():
+                difference = _difference(cbor2.loads(by_node[self._brokers[0]]), cbor2.loads(encoded), what)
                 if difference is not None:
                     raise Broken(f"tables of {self._brokers[0]} and {name} differ: {difference}")
 

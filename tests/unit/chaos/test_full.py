@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 from attrs import evolve
+from click.testing import CliRunner
 
+from chaos.commands import chaos_group
 from chaos.sim.full import groups
 from chaos.sim.full.clock import probe_scheduler
 from chaos.sim.full.plan import FullPlan, draw_plan
@@ -69,3 +72,21 @@ def test_an_answer_before_its_commit_is_found(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(groups.SmallMachine, "put", hasty)
     violation = run_seed(3, plan=short(3)).violation
     assert violation is not None and "is acknowledged at" in violation
+
+
+def test_a_cluster_is_a_run() -> None:
+    result = run_seed(3, plan=short(3, kind="cluster", seconds=1.5, rate=10.0, faults=("kill", "partition")))
+    assert result.ok, result.violation
+    assert result.acknowledged and result.elections
+
+
+def test_the_verbs_play_and_repeat_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chaos.sim.full.run.draw_plan", lambda seed: short(seed, seconds=1.0))
+    runner = CliRunner()
+    played = runner.invoke(chaos_group, ["sim", "--full", "--start", "3", "--seeds", "1", "--json"])
+    assert played.exit_code == 0, played.output
+    first, totals = map(json.loads, played.output.splitlines())
+    assert totals["broken"] == [] and totals["acknowledged"] == first["acknowledged"] > 0
+    again = runner.invoke(chaos_group, ["replay", "--full", "3", "--json"])
+    assert json.loads(again.output) == first
+    assert runner.invoke(chaos_group, ["replay", "--full", "a-file.toml"]).exit_code == 2
