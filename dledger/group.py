@@ -72,6 +72,10 @@ BODY_OFFSET = HEADER_BYTES
 """From an entry's position to the physical offset of the first byte of its body."""
 
 
+class TablesLost(LogDamaged):
+    """The beginning of the log was trimmed, and no checkpoint stands for it any more: all that helps is a peer's."""
+
+
 class RaftGroup:
     """One member of a raft group. All methods are for the trio thread; the synchronous ones never block."""
 
@@ -98,6 +102,7 @@ class RaftGroup:
         self._installer: Installer | None = None
         self._pulled: Pulled | None = None
         self._last_index = 0
+        self._lacks_tables = False
         self._needed = 0
         self._need = trio.Event()
         self._batch = OpenBatch()
@@ -149,6 +154,10 @@ class RaftGroup:
             try:
                 await self._run_once(meta, identity, task_status)
                 return
+            except TablesLost as error:
+                if len(self.config.peers) == 1:
+                    raise
+                self._lacks_tables, reason = True, str(error)
             except (Reopen, EntryDamaged) as error:
                 reason = str(error)
             except BaseExceptionGroup as group:
@@ -178,7 +187,7 @@ class RaftGroup:
         )
         store, recovered = await LogStore.open(env, folder, identity.segment_bytes, meta, options)
         try:
-            if recovered.faults:
+            if recovered.faults or self._lacks_tables:
                 self.counters["faults"] += len(recovered.faults)
                 if len(self.config.peers) == 1:
                     refuse_faults(recovered.faults)
@@ -294,7 +303,8 @@ class RaftGroup:
                 nursery.start_soon(peers.run, listener)
                 nursery.start_soon(server.run)
                 nursery.start_soon(self._stop_phase, nursery.cancel_scope)
-                verdict = await phase.run()
+                verdict = Mended.INSTALL if self._lacks_tables else await phase.run()
+                self._lacks_tables = False
                 reason = verdict.value
                 if verdict is Mended.INSTALL:
                     self.state = "installing"
@@ -484,10 +494,10 @@ class RaftGroup:
             self._log.warning("checkpoint lies behind the end of the log", covers=covers, last_index=store.last_index)
         checkpoint = read_checkpoint(files, folder)
         covers, blob = (checkpoint.index, checkpoint.blob) if checkpoint is not None else (0, None)
+        if covers + 1 < store.first_index:
+            raise TablesLost(f"the log begins at entry {store.first_index}, but tables are known only up to {covers}")
         # Where the machine wants to read from may lie before what its tables cover (a dedup window is read again).
         covered = machine.restore(blob, first_index=store.first_index, first_position=store.first_position)
-        if covers + 1 < store.first_index:
-            raise LogDamaged(f"the log begins at entry {store.first_index}, but tables are known only up to {covers}")
         covered = max(covered, store.first_index - 1)
         # What a checkpoint covers was committed.
         applied_index = max(covered, covers, commit_hint)

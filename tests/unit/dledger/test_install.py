@@ -193,6 +193,21 @@ async def test_damage_that_the_peers_have_trimmed_is_replaced_by_segments(tmp_pa
         await wait_until(lambda: not node.running.statistics().recovering, what="the leader's confirmation")
 
 
+async def test_lost_checkpoints_of_a_trimmed_log_come_from_a_peer_with_its_segments(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as toy:
+        await fill(toy, 30)
+        await trim(toy)
+        node = a_follower(toy)
+        await node.stop()
+        for name in ("checkpoint", "checkpoint.1"):
+            path = node.folder / name
+            path.write_bytes(path.read_bytes()[:-1])
+        await node.start()
+        await toy.level(20)
+        assert_same_logs(toy)
+        assert node.running.statistics().counters["installs"] == 1
+
+
 async def test_scenario_23_blank_and_lagging_nodes_elect_nobody(tmp_path: Path) -> None:
     async with cluster(tmp_path) as toy:
         await fill(toy, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -168,7 +169,9 @@ async def test_strangers_are_refused_with_one_line_and_a_reason(
     ],
     ids=["http", "tls", "ff", "append", "bad-hello", "unknown-node"],
 )
-async def test_scenario_33_garbage_on_the_peer_port_closes_the_connection_with_one_line(tmp_path: Path, garbage: bytes) -> None:
+async def test_scenario_33_garbage_on_the_peer_port_closes_the_connection_with_one_line(
+    tmp_path: Path, garbage: bytes
+) -> None:
     async with members(tmp_path) as found:
         await connected(found)
         env = test_env(tmp_path)
@@ -181,6 +184,32 @@ async def test_scenario_33_garbage_on_the_peer_port_closes_the_connection_with_o
         await stream.aclose()
         found[1].peers.send("n0", Vote(1, 0, 0))
         await wait_until(lambda: found[0].seen.messages, what="the others still talk")
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no such option")
+async def test_connections_break_when_nothing_is_acknowledged_for_two_seconds(tmp_path: Path) -> None:
+    """A host that lost its power closes nothing (raft.md 4.14)."""
+    async with members(tmp_path) as found:
+        await connected(found)
+        peers = found[0].peers
+        await wait_until(lambda: peers._accepted, what="the other's connection")
+        for link in (*peers._dialled.values(), *peers._accepted.values()):
+            wire = link.stream._socket  # type: ignore[attr-defined]
+            assert wire.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 2000
+            assert wire.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            assert wire.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 1
+
+
+async def test_members_in_force_are_dialled_and_those_that_went_are_let_go(tmp_path: Path) -> None:
+    async with members(tmp_path) as found:
+        await connected(found)
+        peers, other = found[0].peers, found[1].peers
+        peers.set_members({"n0": found[0].listener.address})
+        await wait_until(lambda: not peers.is_connected("n1"), what="the end of the connection")
+        await wait_until(lambda: other.is_connected("n0"), what="the other side to call again: it was configured")
+        assert not peers.is_connected("n1")
+        peers.set_members({"n0": found[0].listener.address, "n1": found[1].listener.address})
+        await wait_until(lambda: peers.is_connected("n1"), what="the new connection")
 
 
 async def test_lost_peer_is_hard_only_when_it_refuses(tmp_path: Path) -> None:
