@@ -326,6 +326,7 @@ def broker_config(assignment: Assignment) -> BrokerConfig:
                     if peer in group.founders or peer is member
                 },
                 founders=tuple(founder.name for founder in group.founders),
+                founder_addresses={founder.name: _pair(founder.peer) for founder in group.founders},
                 bind=_pair(member.peer),
                 data_dir=f"{folder}/raft",
                 flush=group.flush,

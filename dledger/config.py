@@ -31,6 +31,9 @@ class GroupConfig:
     founders: tuple[str, ...] = ()
     """Those of `peers` that were members when the group was formatted; all of them when empty. The log's CONFIG entries
     say who came and went since."""
+    founder_addresses: Mapping[str, Address] = field(factory=dict)
+    """Addresses of the founders as all members know them, where this node has others for some in `peers`: from them the
+    identity of the cluster is derived."""
     bind: Address | None = None
     """Where to listen; `peers[node_id]` when None."""
     flush: Literal["async", "sync"] = "async"
@@ -123,7 +126,7 @@ class GroupConfig:
         """
         if self.cluster_uuid is not None:
             return self.cluster_uuid
-        founders = sorted((name, self.peers[name]) for name in self.first_voters)
+        founders = sorted((name, self.founder_addresses.get(name, self.peers[name])) for name in self.first_voters)
         members = ";".join(f"{name}={host}:{port}" for name, (host, port) in founders)
         return _uuid_of("cluster", self.cluster, members)
 

@@ -66,6 +66,9 @@ REOPEN_SECONDS_MIN = 0.05
 REOPEN_SECONDS_MAX = 10.0
 """How long to wait before a log that turned out damaged again and again is opened anew."""
 TRANSFER_SECONDS_MAX = 10.0
+SUCCESSOR_SECONDS_MAX = 2.0
+SUCCESSOR_LOOK_SECONDS = 0.01
+"""After a transfer: for how long to wait for the first word of the new leader, and how often to look."""
 LATE = "late"
 COUNTERS = ("reopened", "faults", "repairs", "cut_as_damaged", "installs")
 BODY_OFFSET = HEADER_BYTES
@@ -101,6 +104,7 @@ class RaftGroup:
         self._phase: RepairPhase | None = None
         self._installer: Installer | None = None
         self._pulled: Pulled | None = None
+        self._power_lost_index: int | None = None
         self._last_index = 0
         self._lacks_tables = False
         self._needed = 0
@@ -369,6 +373,8 @@ class RaftGroup:
         env, config = self._env, self.config
         saved = meta.saved
         recovering = saved.recovering or self._may_have_forgotten(meta)
+        if self._may_have_forgotten(meta):
+            self._power_lost_index = store.last_index
         self._log.info(
             "log recovered",
             last_index=store.last_index,
@@ -561,6 +567,8 @@ class RaftGroup:
             return GroupStatistics(
                 node_id=self.node_id,
                 flush=config.flush,
+                flush_interval_ms=config.flush_interval_ms,
+                power_lost_index=self._power_lost_index,
                 state=self.state,
                 waits_for=self._waits_for,
                 counters=dict(self.counters),
@@ -569,7 +577,13 @@ class RaftGroup:
         counters = {**self.counters, **now.counters}
         for name in driver.counters:  # what earlier runs of this process counted is part of it
             counters[name] = now.counters[name] + self.counters[name]
-        return evolve(now, counters=counters, waits_for=self._waits_for)
+        return evolve(
+            now,
+            counters=counters,
+            waits_for=self._waits_for,
+            flush_interval_ms=self.config.flush_interval_ms,
+            power_lost_index=self._power_lost_index,
+        )
 
     @property
     def _waits_for(self) -> str:
@@ -662,13 +676,18 @@ class RaftGroup:
 
     async def transfer_and_wait(self, target: str | None = None) -> str | None:
         """As `transfer_leadership`; returns when it has ended: None when another node leads, else the reason why this
-        one goes on, or why it never led. Takes no longer than some election timeouts. Checkpoint.
+        one goes on, or why it never led. `leader_id` names the new leader then, unless nobody was heard to lead within
+        2 s. Takes no longer than some election timeouts. Checkpoint.
         """
         if self._driver is None or self._driver.role is not Role.LEADER:
             await trio.lowlevel.checkpoint()
             return str(NotLeader(self.leader_id))
         driver = self._driver
         outcome = await self._outcome(lambda told: driver.transfer(target, told), TRANSFER_SECONDS_MAX)
+        if outcome is None:  # given up on hearing of the higher term: its leader speaks only when it is elected
+            with self._env.clock.move_on_after(SUCCESSOR_SECONDS_MAX):
+                while self._driver is not None and self.leader_id is None:
+                    await self._env.clock.sleep(SUCCESSOR_LOOK_SECONDS)
         return "the transfer has not ended in time" if outcome is LATE else outcome
 
     def read_index(self, callback: Callable[[str | None], None]) -> None:

@@ -128,6 +128,11 @@ class GroupStatistics:
     segments, or "serving"."""
     waits_for: str = ""
     """What keeps a repair or an installation from ending, in words."""
+    flush_interval_ms: int = 500
+    """flush = "async": how often what was written is synced behind the answers."""
+    power_lost_index: int | None = None
+    """The last entry found at this process's start, where the machine had lost what was not synced before it and flush
+    is "async": what lay behind it may have been acknowledged. None: nothing of the kind."""
     members: tuple[str, ...] = ()
     """Voters, by the members in force."""
     learners: tuple[str, ...] = ()

@@ -11,6 +11,8 @@ import pytest
 import trio
 
 from cli import serve
+from cluster.config import parse
+from cluster.layout import Layout
 from runtime.real import real_env
 
 
@@ -38,3 +40,39 @@ async def test_a_step_that_holds_the_loop_is_named_in_the_log(
         await serve._run(real_env(), assignment)
     lines = [record.getMessage() for record in caplog.records]
     assert any("loop stalled" in line and "HoldingService.run" in line for line in lines), lines
+
+
+DIALLED = """
+[[namesrv]]
+listen = "127.0.0.1:9876"
+
+[[group]]
+name = "broker-a"
+[[group.node]]
+name = "n0"
+listen = "127.0.0.1:10911"
+peer = "127.0.0.1:40911"
+dial = { n1 = "127.0.0.1:7001" }
+[[group.node]]
+name = "n1"
+listen = "127.0.0.1:10912"
+peer = "127.0.0.1:40912"
+dial = { n2 = "127.0.0.1:7002" }
+[[group.node]]
+name = "n2"
+listen = "127.0.0.1:10913"
+peer = "127.0.0.1:40913"
+"""
+
+
+def test_nodes_that_dial_each_other_differently_are_one_cluster() -> None:
+    config = parse(DIALLED, "cluster.toml")
+    groups = [
+        serve.broker_config(
+            serve.Assignment(config=config, node=config.find(name), layout=Layout("/nowhere"), is_format_allowed=True)
+        ).group
+        for name in ("n0", "n1", "n2")
+    ]
+    assert groups[0].peers["n1"] == ("127.0.0.1", 7001)
+    assert len({group.effective_cluster_uuid for group in groups}) == 1
+    assert len({group.group_uuid for group in groups}) == 1

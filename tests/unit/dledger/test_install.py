@@ -276,6 +276,7 @@ async def test_transfer_and_wait_tells_how_it_ended(tmp_path: Path) -> None:
         assert "not leader" in str(await target.running.transfer_and_wait())
         assert "not another" in str(await leader.running.transfer_and_wait("nobody"))
         assert await leader.running.transfer_and_wait(target.node_id) is None
+        assert leader.running.leader_id == target.node_id
         await wait_until(lambda: target.running.is_ready_leader, what="the target to lead")
         await toy.put(b"two")
 

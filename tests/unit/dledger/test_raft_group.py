@@ -13,6 +13,7 @@ import pytest
 import trio
 from attrs import evolve
 
+from dledger.config import GroupConfig
 from dledger.core.types import Role
 from dledger.errors import FormatError, NotLeader, Overloaded, StoreFailed
 from dledger.group import RaftGroup
@@ -492,6 +493,8 @@ async def test_power_loss_under_async_flush_makes_a_node_recover_first(tmp_path:
         await toy.put(b"one")
         leader = await toy.leader()
         follower = next(node for node in toy.alive() if node is not leader)
+        await toy.level()
+        assert follower.running.statistics().power_lost_index is None
         await follower.kill()
         toy.env = evolve(toy.env, ids=OtherBoot())
         await follower.start()
@@ -500,6 +503,23 @@ async def test_power_loss_under_async_flush_makes_a_node_recover_first(tmp_path:
         await toy.level()
         await wait_until(lambda: not follower.running.statistics().recovering, what="the leader's confirmation")
         assert_identical(toy)
+        # What may have been lost stays known until the process ends, and only so long.
+        assert follower.running.statistics().power_lost_index == 2
+        assert follower.running.statistics().flush_interval_ms == follower.running.config.flush_interval_ms
+        await follower.kill()
+        await follower.start()
+        assert follower.running.statistics().power_lost_index is None
+
+
+def test_founders_addresses_make_the_same_cluster_for_members_that_reach_them_elsewhere() -> None:
+    founders = {"n0": ("10.0.0.1", 40911), "n1": ("10.0.0.2", 40911), "n2": ("10.0.0.3", 40911)}
+
+    def uuid_of(**changes: Any) -> str:
+        return GroupConfig(cluster="c", group="g", node_id="n0", data_dir="d", **changes).effective_cluster_uuid
+
+    elsewhere = {**founders, "n1": ("192.168.7.7", 1)}
+    assert uuid_of(peers=elsewhere) != uuid_of(peers=founders)
+    assert uuid_of(peers=elsewhere, founder_addresses=founders) == uuid_of(peers=founders)
 
 
 async def test_records_added_together_must_fill_what_was_reserved(tmp_path: Path) -> None:
