@@ -320,6 +320,35 @@ async def test_a_node_without_a_leader_trims_alone_and_leads_only_after_the_grou
         await wait_until(lambda: lone.running.statistics().disk_ok, what="the group's trim")
 
 
+async def test_a_node_that_trimmed_alone_and_leads_after_all_trims_the_group_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All members may have filled the same disk: none of them may wait for ever for another one's TRIM."""
+    free = [50]
+    monkeypatch.setattr(RealFiles, "free_space", lambda self, path: (free[0], 100))
+    monkeypatch.setattr(retention, "DECIDE_SECONDS", 0.05)
+    monkeypatch.setattr(retention, "ALONE_AFTER_SECONDS", 0.1)
+    monkeypatch.setattr(retention, "ALONE_LEADS_AFTER_SECONDS", 0.5)
+    async with cluster(tmp_path, election_timeout_ms_min=400, election_timeout_ms_max=800) as toy:
+        await fill(toy, 6, toy.env.clock.wall_ms())
+        save_checkpoints(toy)
+        await toy.leader()
+        lone, *rest = toy.alive()
+        for node in rest:
+            await node.kill()
+        free[0] = 10
+        await wait_until(lambda: not lone.running.statistics().disk_ok, what="the node to be unfit")
+        free[0] = 50
+        await wait_until(lambda: lone.running.statistics().disk_ok, what="the end of its patience")
+        trimmed = lone.machine.trims[-1]
+        for node in rest:
+            await node.start()
+        with trio.fail_after(15):
+            while (leader := await toy.leader()) is not lone:
+                await leader.running.transfer_and_wait(lone.node_id)
+        await wait_until(lambda: all(node.machine.trims[-1:] == [trimmed] for node in rest), what="the group's trim")
+
+
 async def test_nothing_is_trimmed_while_a_member_runs_an_older_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
