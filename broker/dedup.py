@@ -130,21 +130,33 @@ class DedupWindow:
         elif self.previous.get(key, -1) >= start:
             del self.previous[key]
 
-    def entry_applied(self, index: int, last_store_ms: int, keys: list[int]) -> None:
-        """Keys of a committed entry are here to stay. Rotates when the current generation is old or full: a function of
-        committed entries only."""
+    def entry_applied(self, index: int, last_store_ms: int, keys: list[int], start: int) -> None:
+        """Keys of a committed entry, which begins at `start`, are here to stay. Rotates when the current generation is
+        old or full: a function of committed entries only."""
         if not self.enabled:
             return
+        if keys and keys[-1] not in self.current:
+            # Staged before the last rotation: from now on they are as old as the entry is.
+            for key in keys:
+                position = self.previous.pop(key, None)
+                if position is not None:
+                    self.current[key] = position
         self._unsaved[1].extend(keys)
         if not self.current_start_index:
             self.current_start_index = index
             self.current_start_ms = last_store_ms
             return
         if last_store_ms - self.current_start_ms >= self.window_ms or len(self.current) >= self._keys_per_generation:
+            # What is staged and not applied must not go with the generation it was staged in. It stands at the end.
+            staged: list[tuple[int, int]] = []
+            for row in reversed(self.previous.items()):
+                if row[1] <= start:
+                    break
+                staged.append(row)
             self.previous = self.current
+            self.previous.update(reversed(staged))
             self.current = {}
             self.previous_start_index, self.previous_start_ms = self.current_start_index, self.current_start_ms
-            # Keys of entries staged but not applied sit in `previous` now: found there all the same.
             self.current_start_index = index + 1
             self.current_start_ms = last_store_ms
             self._rows = [self._rows[1], 0]

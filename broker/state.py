@@ -509,7 +509,7 @@ class BrokerState:
             raise InvariantBroken(f"entry {index} is applied out of order")
         self.applied_index = index
         if staged.count:
-            self.dedup.entry_applied(index, staged.store_ms, staged.dedup_keys)
+            self.dedup.entry_applied(index, staged.store_ms, staged.dedup_keys, staged.start)
         if staged.covered:
             self._apply_covered(index, staged)
             return

@@ -216,15 +216,16 @@ def copy_entries(source: MemoryGroup, target: MemoryGroup) -> None:
         target.receive(entry)
 
 
-def young_dedup_keys(state: BrokerState) -> dict[int, int]:
-    """Keys that can still make a duplicate: a send that was cut may have displaced one that is too old anyway."""
-    keys: dict[int, int] = {}
+def young_dedup_positions(state: BrokerState) -> list[int]:
+    """Messages that can still be the original of a duplicate: a send that was cut may have displaced one that is too
+    old anyway, and under which of its keys a message stands depends on when the generations rotated."""
+    found: list[int] = []
     now = max(state.env.clock.wall_ms(), state.last_store_ms)  # a follower has not seen what was cut at the leader
-    for key, position in {**state.dedup.previous, **state.dedup.current}.items():
+    for position in {*state.dedup.previous.values(), *state.dedup.current.values()}:
         data = state.read_message(position)
         if data is None or now - decode_record(data).store_timestamp <= state.dedup.window_ms:
-            keys[key] = position
-    return keys
+            found.append(position)
+    return sorted(found)
 
 
 def tables_of(state: BrokerState) -> dict[str, Any]:
@@ -246,7 +247,7 @@ def tables_of(state: BrokerState) -> dict[str, Any]:
         "bounds": [row[:4] for row in state.queues.bounds()],
         "units": units,
         "pending": pending,
-        "dedup": young_dedup_keys(state),
+        "dedup": young_dedup_positions(state),
         "index": [index["hashes"], index["positions"], index["seconds"]],
         "applied": state.applied_index,
     }

@@ -318,22 +318,34 @@ async def test_an_entry_with_more_keys_than_a_segment(tmp_path: Path) -> None:
 
 def test_generations_rotate_by_time_and_by_number() -> None:
     window = DedupWindow(1_000, 8)
-    window.entry_applied(1, 0, [])
+    window.entry_applied(1, 0, [], 0)
     window.current[1] = 10
-    window.entry_applied(2, 999, [1])
+    window.entry_applied(2, 999, [1], 1)
     assert window.find(1) == 10
-    window.entry_applied(3, 1_000, [])
+    window.entry_applied(3, 1_000, [], 12)
     assert (window.find(1), window.current) == (10, {})
     assert [one.plain() for one in window.collect()[0]] == [[1, 0, 1], [4, 1_000, 0]]
     for number in range(4):
         window.current[100 + number] = number
-    window.entry_applied(4, 1_001, [100, 101, 102, 103])
+    window.entry_applied(4, 1_001, [100, 101, 102, 103], 12)
     assert window.find(1) is None
     assert window.find(103) == 3
     assert [one.plain() for one in window.collect()[0]] == [[4, 1_000, 4], [5, 1_001, 0]]
     window.forget(103, 3)
     window.forget(102, 3)
     assert (window.find(103), window.find(102)) == (None, 2)
+
+
+def test_a_key_staged_two_generations_before_it_is_applied_is_kept() -> None:
+    window = DedupWindow(1_000, 100)
+    window.entry_applied(1, 0, [], 0)
+    window.current.update({1: 10, 2: 20, 3: 30})
+    window.entry_applied(2, 1_000, [1], 9)
+    window.entry_applied(3, 2_000, [2], 19)
+    assert (window.find(1), window.find(2), window.find(3)) == (None, 20, 30)
+    window.entry_applied(4, 3_000, [3], 29)
+    assert (window.find(2), window.find(3)) == (None, 30)
+    assert [one.plain() for one in window.collect()[0]] == [[4, 2_000, 1], [5, 3_000, 0]]
 
 
 def test_memory_of_the_window_is_bounded(tmp_path: Path) -> None:
