@@ -40,6 +40,7 @@ from dledger.store.manifest import Manifest
 from dledger.store.meta import MetaFile, boot_tag, format_meta
 from dledger.store.options import StoreOptions
 from dledger.store.recovery import RecoveredLog
+from dledger.store.rows import DISK_FULL
 from runtime.logs import Logger
 from runtime.model import Env, Listener
 
@@ -147,6 +148,8 @@ class RaftGroup:
             meta = MetaFile.open(env.files, folder, identity)
             try:
                 await self._reopen_until_stopped(meta, identity, task_status)
+                if not self._is_started:  # stopped before it ever served: no failure of whoever started it
+                    task_status.started()
             finally:
                 meta.close()
 
@@ -176,7 +179,8 @@ class RaftGroup:
             if clock.monotonic() - began > REOPEN_SECONDS_MAX:
                 pause = REOPEN_SECONDS_MIN
             else:  # what was mended is damaged again at once: do not wear the disk out
-                await clock.sleep(pause)
+                with clock.move_on_after(pause):
+                    await self._stop_wanted.wait()
                 pause = min(2 * pause, REOPEN_SECONDS_MAX)
 
     async def _run_once(self, meta: MetaFile, identity: Format, task_status: trio.TaskStatus[None]) -> None:
@@ -339,6 +343,11 @@ class RaftGroup:
         except LogDamaged as error:
             self._log.error("fetched segments do not fit together; fetching them again", error=str(error))
             return
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            self._log.error("no room to install segments", error=str(error))
+            return
         self.counters["installs"] += 1
         self._log.info("segments installed", last_index=pulled.last_index, former_last_index=self._last_index)
 
@@ -480,7 +489,11 @@ class RaftGroup:
             installer = self._installer = Installer(
                 self._env, self.config.data_dir, segment_bytes, client, self._log, store
             )
-            pulled = await installer.pull(lambda: self._needed - 1, lambda: store.last_index + 1 < self._needed)
+            try:
+                pulled = await installer.pull(lambda: self._needed - 1, lambda: store.last_index + 1 < self._needed)
+            except LogDamaged as error:  # in this node's own segments, on their way to the new log
+                driver.damaged(error)
+                return
             self._installer = None
             self.state = "serving"
             if pulled is not None and store.last_index < pulled.last_index:

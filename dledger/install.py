@@ -23,6 +23,7 @@ from dledger.fetch import Answer, FetchClient
 from dledger.store.checkpoint import Checkpoint, unpack_checkpoint
 from dledger.store.log_store import LogStore
 from dledger.store.manifest import Manifest
+from dledger.store.rows import DISK_FULL
 from dledger.store.staging import INCOMING_FOLDER, Staging, complete_install, decode_manifest
 from dledger.wire import FetchKind, FetchStatus
 from runtime.logs import Logger
@@ -94,6 +95,11 @@ class Installer:
                 before = self._client.bytes_received
                 try:
                     return await self._pull_from(source, wanted_index(), is_needed)
+                except OSError as error:
+                    if error.errno not in DISK_FULL:
+                        raise
+                    self.waits_for = f"the disk has no room for segments: {error}"
+                    self._log.warning("no room for segments", error=str(error))
                 except _Outdated as error:
                     self._log.info("beginning a new transfer of segments", reason=str(error))
                     await self._env.run_in_thread(self._discard)

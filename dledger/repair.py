@@ -28,6 +28,7 @@ from dledger.fetch import FetchClient
 from dledger.store.faults import FaultyRange
 from dledger.store.meta import MetaFile
 from dledger.store.repair import drop_open_fault, write_repair
+from dledger.store.rows import DISK_FULL
 from dledger.wire import FetchKind, FetchStatus
 from runtime.logs import Logger
 from runtime.model import Env
@@ -180,6 +181,11 @@ class RepairPhase:
             )
         except LogDamaged as error:
             self._log.error("entries of a peer do not fit", peer=found.supplier, error=str(error))
+            return False
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            found.others["this node"] = f"has no room for the repair: {error}"
             return False
         self.repaired += 1
         self._log.warning(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import trio
 from dledger.core.config import RaftConfig
 from dledger.errors import LedgerError, NotLeader
 from dledger.group import AddLearner, Promote, Remove
+from dledger.store.staging import Staging
 from runtime.testing import wait_until
 from tests.unit.dledger.dledger_toy import Node, ToyCluster, toy_env
 from tests.unit.dledger.test_repair import SEGMENT, assert_identical, fill, flip_body
@@ -176,6 +178,29 @@ async def test_segments_that_a_node_has_already_are_not_fetched_again(
         assert node.running.statistics().counters["installs"] == 1
         total = node.running.end_position
         assert 0 < received < total - had + 2 * SEGMENT, (received, had, total)
+
+
+async def test_full_disk_holds_a_transfer_up_and_ends_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put, failures = Staging.put, 0
+
+    def full_at_first(staging: Staging, *chunk: Any) -> None:
+        nonlocal failures
+        if failures < 3:
+            failures += 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        put(staging, *chunk)
+
+    async with cluster(tmp_path) as toy:
+        await fill(toy, 2)
+        node = a_follower(toy)
+        await node.stop()
+        await fill(toy, 25)
+        await trim(toy)
+        monkeypatch.setattr(Staging, "put", full_at_first)
+        await node.start()
+        await toy.level(20)
+        assert failures == 3 and node.running.statistics().counters["installs"] == 1
+        assert_same_logs(toy)
 
 
 async def test_damage_that_the_peers_have_trimmed_is_replaced_by_segments(tmp_path: Path) -> None:

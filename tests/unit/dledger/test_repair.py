@@ -227,10 +227,10 @@ async def test_a_node_being_repaired_is_stopped_in_order(tmp_path: Path) -> None
             await node.stop()
         node = toy.nodes["n0"]
         flip_body(node)
-        toy.nursery.start_soon(node.run_here)
+        toy.nursery.start_soon(node.start)
         await wait_until(lambda: node.group is not None and node.group.state == "repairing", what="the phase")
         with trio.fail_after(3):
-            await node.running.stop_gracefully()
+            await node.stop()
 
 
 async def test_damaged_end_is_cut_only_when_a_peer_has_it_and_a_leader_confirms_the_rest(tmp_path: Path) -> None:
