@@ -24,7 +24,7 @@ from tests.unit.broker.state_kit import frame_of, make_config, send_fields
 class Broker:
     """State, group and send processor of one node."""
 
-    def __init__(self, folder: Path, **changes: Any) -> None:
+    def __init__(self, folder: Path, *, segment_bytes: int = 4 * 1024 * 1024, **changes: Any) -> None:
         group = GroupConfig(
             cluster="DefaultCluster",
             group="broker-a",
@@ -32,7 +32,7 @@ class Broker:
             peers={"n0": ("127.0.0.1", 0)},
             data_dir=f"{folder}/raft",
             format_if_empty=True,
-            segment_bytes=4 * 1024 * 1024,
+            segment_bytes=segment_bytes,
         )
         env = test_env(folder)
         config = make_config(str(folder), group=group, **changes)
@@ -120,3 +120,26 @@ async def test_a_delayed_message_comes_about_a_second_later(tmp_path: Path) -> N
         )
         print("delivered after", delivered - stored, "ms")
         assert 1_000 <= delivered - stored <= 1_500
+
+
+async def test_a_trimmed_log_is_trimmed_in_its_queues_and_after_a_restart(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"segment_bytes": 65_536, "queue_flush_interval_ms": 20, "queue_file_units": 50}
+    async with running(tmp_path, **changes) as broker:
+        for life in range(5):
+            await broker.put_all([b"%d-%d-%s" % (life, number, b"x" * 500) for number in range(60)])
+        state, group = broker.state, broker.group
+        position = group.trim_to(state.group.committed_position)
+        assert position > 65_536
+        await wait_until(lambda: state.queues.min_offset("T", 0) > 0, what="the trim")
+        low = state.queues.min_offset("T", 0)
+        await state.checkpoint()
+        await wait_until(lambda: group.first_position == position, what="the removal of the segments")
+        assert len(list((tmp_path / "consumequeue" / "T" / "0").iterdir())) < 300 // 50
+    async with running(tmp_path, **changes) as broker:
+        queues = broker.state.queues
+        assert broker.group.first_position == position
+        assert (queues.min_offset("T", 0), queues.max_offset("T", 0)) == (low, 300)
+        first = int.from_bytes(queues.units("T", 0, low, 1)[:8])
+        assert first >= position
+        assert broker.state.read_message(first) is not None or broker.state.is_cold(first)
+        assert (await broker.put_all([b"next"]))[0]["queueOffset"] == "300"
