@@ -22,6 +22,8 @@ from runtime.real import FAULTS_VARIABLE
 QUORATE = (sys.executable, "-P", "-m", "cli")
 PORTS_PER_CLUSTER = 100
 VERB_WITHIN_S = 60
+STATUS_EVERY_S = 0.25
+"""A look at the status costs a process, and may not take the machine from those it looks at."""
 BROKERS = ("n0", "n1", "n2")
 """Of a cluster of one group, as shipped."""
 SEGMENT_NAME_DIGITS = 20
@@ -67,7 +69,7 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def wait_for(condition: Callable[[], Any], within_s: float, what: str) -> Any:
+def wait_for(condition: Callable[[], Any], within_s: float, what: str, every_s: float = 0.02) -> Any:
     """The first true value of `condition()`."""
     deadline = time.monotonic() + within_s
     while True:
@@ -76,7 +78,7 @@ def wait_for(condition: Callable[[], Any], within_s: float, what: str) -> Any:
             return value
         if time.monotonic() > deadline:
             raise AssertionError(f"{what}: not within {within_s:g} s")
-        time.sleep(0.02)
+        time.sleep(every_s)
 
 
 class Disks:
@@ -182,7 +184,7 @@ class Cluster:
             newest = max(found, key=lambda one: int(one["term"]), default=None)
             return None if newest is None or newest["name"] == other_than else str(newest["name"])
 
-        return str(wait_for(find, within_s, "a leader"))
+        return str(wait_for(find, within_s, "a leader", STATUS_EVERY_S))
 
     def wait_restarted(self, name: str, than_pid: int | None, within_s: float = 20) -> None:
         """Until the node runs in another process than before, and is ready."""

@@ -12,7 +12,7 @@ import quorate
 from cluster.config import default_text
 from runtime.model import Env
 from runtime.real import real_env
-from tests.cluster.harness import BROKERS, Cluster, cluster, wait_for
+from tests.cluster.harness import BROKERS, STATUS_EVERY_S, Cluster, cluster, wait_for
 from tests.cluster.harness import quorate as run_quorate
 from tests.cluster.workload import Promises, check_stored, produce_numbers, queues_of, read_all, same_logs
 
@@ -49,7 +49,7 @@ async def delete_head(env: Env, client: quorate.Client, running: Cluster) -> Non
     def is_deleted() -> bool:
         return all(running.status()[name]["first_position"] == KEPT_FROM for name in BROKERS)
 
-    await env.run_in_thread(wait_for, is_deleted, 30, "the head of every log is deleted")
+    await env.run_in_thread(wait_for, is_deleted, 30, "the head of every log is deleted", STATUS_EVERY_S)
 
 
 @pytest.mark.parametrize("is_idle", [False, True], ids=["under load", "idle"])
@@ -86,7 +86,7 @@ async def test_an_empty_folder_is_filled_by_the_others(tmp_path: Path, is_idle: 
                         and one["lag_entries"] < 200
                     )
 
-                await env.run_in_thread(wait_for, has_log, FILLED_WITHIN_S, f"{blank} has the log")
+                await env.run_in_thread(wait_for, has_log, FILLED_WITHIN_S, f"{blank} has the log", STATUS_EVERY_S)
                 print(f"{blank} filled {env.clock.monotonic() - started:.1f} s after it was asked to start")
                 stop.set()
             await same_logs(env, running, within_s=30)

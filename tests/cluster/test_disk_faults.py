@@ -15,7 +15,7 @@ import quorate
 from cluster.config import default_text
 from runtime.model import Env
 from runtime.real import real_env
-from tests.cluster.harness import Cluster, cluster, wait_for
+from tests.cluster.harness import STATUS_EVERY_S, Cluster, cluster, wait_for
 from tests.cluster.workload import Promises, check_stored, produce_numbers, read_all, same_logs
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
@@ -98,7 +98,7 @@ async def test_a_full_disk_costs_leadership_until_there_is_room_again(tmp_path: 
                 leader = running.leader()
                 return leader if leader != full else None
 
-            other = await env.run_in_thread(wait_for, another_leads, NOTICED_WITHIN_S, "another leader")
+            other = await env.run_in_thread(wait_for, another_leads, NOTICED_WITHIN_S, "another leader", STATUS_EVERY_S)
             print(f"{full} is full, {other} leads")
             await load.wait_more(300)
             running.disks.change(full, free_bytes=None)
@@ -108,7 +108,7 @@ async def test_a_full_disk_costs_leadership_until_there_is_room_again(tmp_path: 
                 one = running.status()[full]
                 return one["state"] == "up" and one["lag_entries"] is not None and one["lag_entries"] < 50
 
-            await env.run_in_thread(wait_for, caught_up, RELIEVED_WITHIN_S, f"{full} has caught up")
+            await env.run_in_thread(wait_for, caught_up, RELIEVED_WITHIN_S, f"{full} has caught up", STATUS_EVERY_S)
             assert running.pid(full) == pid, "it had to be restarted"
         assert load.promises.failures == []
 
@@ -132,7 +132,9 @@ async def test_a_stalled_disk_of_the_leader_costs_leadership_soon(
                 leader = running.leader()
                 return leader if leader != stalled else None
 
-            other = await env.run_in_thread(wait_for, another_leads, NEW_LEADER_WITHIN_S, "another leader")
+            other = await env.run_in_thread(
+                wait_for, another_leads, NEW_LEADER_WITHIN_S, "another leader", STATUS_EVERY_S
+            )
             await load.wait_more(100)
             gap = load.longest_gap(started, env.clock.monotonic())
             print(f"{stalled} stalled, {other} leads, {gap:.2f} s without an acknowledgement")

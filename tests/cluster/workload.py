@@ -15,7 +15,7 @@ from attrs import Factory, define
 import quorate
 from quorate import Client, MessageExt, MessageQueue, SendFailed
 from runtime.model import Env
-from tests.cluster.harness import Cluster, differing
+from tests.cluster.harness import STATUS_EVERY_S, Cluster, differing
 
 SEND_WITHIN_S = 8.0
 SAME_LOGS_WITHIN_S = 10.0
@@ -138,4 +138,4 @@ async def same_logs(env: Env, running: Cluster, *, within_s: float = SAME_LOGS_W
         else:
             problem = f"not all up: {[(one['name'], one['reason']) for one in status if one['state'] != 'up']}"
         assert env.clock.monotonic() < deadline, f"logs not the same within {within_s:g} s: {problem}"
-        await trio.sleep(0.1)
+        await trio.sleep(STATUS_EVERY_S)
