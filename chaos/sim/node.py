@@ -16,7 +16,7 @@ from chaos.sim.properties import PropertyBroken
 from chaos.sim.reached import REACHED
 from dledger.core import effects as fx
 from dledger.core.config import RaftConfig
-from dledger.core.errors import LocalError, RemoteError
+from dledger.core.errors import LocalError
 from dledger.core.events import (
     DiskState,
     Durable,
@@ -24,7 +24,6 @@ from dledger.core.events import (
     HardStateSaved,
     Propose,
     ReadIndex,
-    Receive,
     Tick,
     TurnEnd,
     Written,
@@ -33,6 +32,7 @@ from dledger.core.invariants import Watch
 from dledger.core.membership import Change, Members, apply_change, decode_members, encode_members
 from dledger.core.quorum import majority
 from dledger.core.raft import Raft
+from dledger.core.transitions import Cause
 from dledger.core.types import HEADER_BYTES, Entry, EntryType, HardState, Role, frame_entry, next_position
 
 if TYPE_CHECKING:
@@ -115,7 +115,9 @@ class SimNode:
         world = self._world
         self.is_alive = self.has_power = True
         self.incarnation += 1
+        durable = self.disk.durable
         gaps = self.disk.recover()
+        world.properties.recovered_log(self, durable)
         self._clients.clear()
         self._reads_asked = []
         world.network.node_started(self.name)
@@ -265,9 +267,11 @@ class SimNode:
             if self._fill(gap):
                 world.reached("repaired-from-peer")
                 world.note(self.name, f"has {gap.first}-{gap.last} again")
+                world.properties.repaired(self, gap.first, gap.last)
             elif self._was_never_committed(gap):
                 world.reached("repair-cuts-never-committed")
                 world.note(self.name, f"cuts at {gap.first}: no quorum can have had it")
+                world.properties.gives_up(self, gap.first)
                 self.disk.cut(gap.first)
             else:
                 left.append(gap)
@@ -425,6 +429,7 @@ class SimNode:
         self.post(DiskState, ok)
 
     def saved(self, state: HardState) -> None:
+        self._world.properties.saves(self, state)
         self.post(HardStateSaved, state.term, state.vote)
 
     def wrote(self, index: int) -> None:
@@ -473,10 +478,7 @@ class SimNode:
         inbox, self._inbox = self._inbox, []
         try:
             for kind, details in inbox:
-                if kind is Receive:
-                    self._receive(now, *details)
-                else:
-                    self._step(kind(now, *details))
+                self._step(kind(now, *details))
             if self._clients:
                 self._propose_clients(now)
             if self._reads_asked:
@@ -496,17 +498,6 @@ class SimNode:
             return
         self._set_alarm()
         world.note_turn(self)
-
-    def _receive(self, now: float, peer: str, message: Any) -> None:
-        try:
-            self._step(Receive(now, peer, message))
-        except RemoteError:
-            raft = self.raft
-            assert raft is not None
-            if peer in raft.members:
-                raise
-            # Not one of ours, or not any more: the real transport closes the connection.
-            self._world.reached("message-of-a-stranger")
 
     def _step(self, event: Event) -> None:
         raft, watch = self.raft, self._watch
@@ -589,6 +580,7 @@ class SimNode:
                 world.counts["recovered"] += 1
                 world.reached("recovered")
                 self.disk.recovered()
+                world.properties.is_confirmed(self)
             case fx.ReadReady():
                 acknowledged = self._reads.pop(effect.token, None)
                 if acknowledged is not None:
@@ -629,6 +621,8 @@ class SimNode:
     def _change_role(self, effect: fx.RoleChanged) -> None:
         world = self._world
         world.note(self.name, f"{effect.role.name} term={effect.term} leader={effect.leader}: {effect.reason}")
+        if effect.reason == Cause.REMOVED.value:
+            world.reached("steps-aside-when-removed")
         if effect.role is Role.LEADER:
             world.counts["elections"] += 1
             world.properties.leads(self, effect.term)

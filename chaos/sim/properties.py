@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dledger.core import messages
 from dledger.core.membership import Members, decode_members
 from dledger.core.quorum import majority
-from dledger.core.types import Entry, EntryType, Role, next_position
+from dledger.core.types import Entry, EntryType, HardState, Role, next_position
 
 if TYPE_CHECKING:
     from chaos.sim.node import SimNode
@@ -32,6 +32,8 @@ class Properties:
         self._segment_bytes = segment_bytes
         self._leaders: dict[int, str] = {}
         self._votes: dict[tuple[int, str], str] = {}
+        self._hard_states: dict[str, HardState] = {}
+        self._blank: set[str] = set()
         self._entries: dict[tuple[int, int], Entry] = {}
         self.committed: dict[int, tuple[int, int]] = {}
         self.committed_index = 0
@@ -164,6 +166,44 @@ class Properties:
         """The votes of an empty folder are forgotten: what they were is no promise any more (its node is blank)."""
         for vote in [vote for vote in self._votes if vote[1] == node.name]:
             del self._votes[vote]
+        self._hard_states.pop(node.name, None)
+        self._blank.add(node.name)
+
+    def saves(self, node: SimNode, state: HardState) -> None:
+        """6: what a synced term and vote must not fall behind, whatever happens to the process."""
+        self._hard_states[node.name] = state
+
+    def recovered_log(self, node: SimNode, durable: int) -> None:
+        """4.6: what was on stable storage up to `durable` is there, or is known to be missing."""
+        known = self._hard_states.get(node.name, HardState())
+        if node.disk.saved != known:
+            raise PropertyBroken(f"hard state lost: {node.name} starts with {node.disk.saved}, saved was {known}")
+        if node.log.last_index < durable and not node.disk.recovering:
+            raise PropertyBroken(
+                f"durable entries forgotten: {node.name} starts with {node.log.last_index} of {durable}, unaware"
+            )
+
+    def gives_up(self, node: SimNode, index: int) -> None:
+        """A repair cuts only what was never committed."""
+        entry = node.log.peek(index)
+        if entry is not None and self.committed.get(index) == (entry.term, entry.head_crc):
+            raise PropertyBroken(f"committed entry given up: {node.name} cuts at {index} instead of repairing")
+
+    def repaired(self, node: SimNode, first: int, last: int) -> None:
+        """3: what a repair has brought chains with what is around it."""
+        for index in range(first, min(last + 1, node.log.last_index) + 1):
+            entry = node.log.peek(index)
+            if entry is not None and entry.prev_crc != node.log.head_crc_at(index - 1):
+                raise PropertyBroken(f"repair breaks the chain: entry {index} of {node.name}")
+
+    def is_confirmed(self, node: SimNode) -> None:
+        """A leader has vouched for the log of a recovering node."""
+        self._blank.discard(node.name)
+
+    def _note_grant(self, node: SimNode, message: messages.PreVoteReply | messages.VoteReply) -> None:
+        is_unsure = node.disk.recovering or node.name in self._blank
+        if message.granted and is_unsure and not message.recovering:
+            raise PropertyBroken(f"unsure vote: {node.name} grants as if it had lost nothing")
 
     def sends(self, node: SimNode, peer: str, message: messages.Message) -> None:
         """13: nothing leaves before what it depends on is on the disk (raft.md 4.2). 1: one vote per term."""
@@ -179,7 +219,10 @@ class Properties:
                     raise PropertyBroken(
                         f"vote not saved: {node.name} asks for votes in {term} with {saved} on its disk"
                     )
+            case messages.PreVoteReply():
+                self._note_grant(node, message)
             case messages.VoteReply():
+                self._note_grant(node, message)
                 if message.granted:
                     self._note_vote(message.term, node.name, peer)
                     if (saved.term, saved.vote) != (term, peer):

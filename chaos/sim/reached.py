@@ -51,7 +51,7 @@ REACHED = (
     "leader-removes-itself",
     "change-refused",
     "change-cut-again",
-    "message-of-a-stranger",
+    "steps-aside-when-removed",
     "read-served",
     "read-refused",
     "preferred-leader-takes-over",

@@ -182,8 +182,10 @@ class LearnerCounted(Raft):
 class RecoveringVoteCounts(Raft):
     """A voter that may have forgotten what it acknowledged counts like any other (nats-server#7567)."""
 
-    def __init__(self, *rest: Any, **k: Any) -> None:
-        super().__init__(*rest, **{**k, "recovering": False})
+    def _send(self, peer: str, message: msg.Message) -> None:
+        if isinstance(message, msg.PreVoteReply | msg.VoteReply):
+            message = msgspec.structs.replace(message, recovering=False)
+        super()._send(peer, message)
 
 
 class VoteNotSynced(SimDisk):
@@ -314,19 +316,31 @@ def build_of(bug: Bug) -> Build:
 
 PLANTED: dict[Bug, int] = {
     MessagesNotHeld: 0,
-    VoteForgotten: 9,
-    SecondVote: 2,
+    VoteForgotten: 8,
+    SecondVote: 5,
     LogNotCompared: 0,
     OldTermsCounted: 0,
     CommitBeforeQuorum: 0,
     AcknowledgedBeforeWritten: 0,
     LeaderCountsItselfAtTheCall: 0,
-    EveryAppendCuts: 4,
+    EveryAppendCuts: 0,
     HintTooHigh: 2,
     RejectionIgnored: 0,
+    OldSequenceAnswered: 32,
     DurableBeforeSync: 0,
-    StaleReadServed: 0,
+    StaleReadServed: 8,
     ReadBeforeNoop: 2,
+    LearnerCounted: 2,
+    RecoveringVoteCounts: 1,
+    VoteNotSynced: 0,
+    SecondSyncTrusted: 0,
+    CutBelowEvidence: 0,
+    PageCacheTrusted: 8,
+    RecoveringForgotten: 1,
+    BlankVotes: 1,
+    InstallForgetsVote: 2,
+    DamageServed: 13,
+    RepairGivesUp: 0,
 }
 """The bugs, and the first seed that finds each. `python -m tests.unit.chaos.planted` looks for them anew."""
 
