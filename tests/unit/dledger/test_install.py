@@ -112,7 +112,9 @@ async def test_scenario_21_blank_node_is_filled_by_appends_where_nothing_was_tri
         assert node.running.statistics().counters["installs"] == 0
 
 
-async def test_node_below_the_first_index_is_filled_killed_half_way_and_goes_on(tmp_path: Path) -> None:
+async def test_node_below_the_first_index_is_filled_killed_half_way_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with cluster(tmp_path, fetch_bytes_per_second=1_500_000) as toy:
         await fill(toy, 3)
         node = a_follower(toy)
@@ -133,8 +135,16 @@ async def test_node_below_the_first_index_is_filled_killed_half_way_and_goes_on(
         await node.kill()
         progress = (node.folder / "incoming" / "progress").read_bytes()
         assert 0 < progress.count(1) < len(progress)
+        put, received = Staging.put, []
+
+        def counted(staging: Staging, *chunk: Any) -> None:
+            received.append(chunk[:2])
+            put(staging, *chunk)
+
+        monkeypatch.setattr(Staging, "put", counted)
         await node.start()
         await toy.level(20)
+        assert len(received) == len(progress) - progress.count(1), "only what was missing"
         assert_same_logs(toy)
         assert node.running.statistics().counters["installs"] == 1
         assert not (node.folder / "incoming").exists()
