@@ -55,11 +55,11 @@ async def test_a_leader_tells_its_log_its_peers_and_its_latencies(tmp_path: Path
     assert found["rocketmq_messages_in_total"][0][1] == 1
     assert found["dledger_commit_index"][0][1] >= 2
     assert found["dledger_elections_total"][0][1] == 1
-    buckets = found["dledger_append_entry_latency_bucket"]
+    buckets = found["dledger_commit_latency_bucket"]
     counts = [value for _, value in buckets]
     assert buckets[-1][0]["le"] == "+Inf"
     assert counts == sorted(counts)
-    assert counts[-1] == found["dledger_append_entry_latency_count"][0][1] > 0
+    assert counts[-1] == found["dledger_commit_latency_count"][0][1] > 0
 
 
 async def test_a_taken_port_is_named(tmp_path: Path) -> None:
