@@ -345,13 +345,18 @@ PLANTED: dict[Bug, int] = {
 """The bugs, and the first seed that finds each. `python -m tests.unit.chaos.planted` looks for them anew."""
 
 
+SELDOM: tuple[Bug, ...] = (ChangesNotRefused, RepairNotVerified)
+"""Bugs for which no seed is known yet: they need two changes of members around a leader change, and a peer that differs
+where another is damaged. `main` looks for them too."""
+
+
 def first_seed(bug: Bug, seeds: int) -> int | None:
     """The first seed that breaks a promise with this bug planted."""
     return next((seed for seed in range(seeds) if not run_seed(seed, build=build_of(bug)).ok), None)
 
 
 def main() -> None:
-    for bug in PLANTED:
+    for bug in (*PLANTED, *SELDOM):
         print(f"    {bug.__name__}: {first_seed(bug, 400)},", flush=True)
 
 
