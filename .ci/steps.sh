@@ -39,10 +39,16 @@ toolchains() {
     echo "clients' toolchains:$found"
 }
 
-# step NAME SECONDS COMMAND...: run it, keep its output, remember its verdict and its closing line.
+# step NAME SECONDS COMMAND...: run it, keep its output, remember its verdict and its closing line. Where the whole run
+# has a limit of its own (all_seconds), no step may pass that either.
 step() {
-    local name="$1" limit="$2" log started code verdict
+    local name="$1" limit="$2" log started code verdict left
     shift 2
+    if [ -n "${all_seconds:-}" ]; then
+        left=$((all_seconds - SECONDS))
+        [ "$left" -ge 1 ] || left=1
+        [ "$limit" -le "$left" ] || limit="$left"
+    fi
     log="$logs/$(echo "$name" | tr -c 'A-Za-z0-9\n' '-').log"
     echo "== $name: $*"
     started=$SECONDS
