@@ -186,6 +186,7 @@ class RaftGroup:
     async def _run_once(self, meta: MetaFile, identity: Format, task_status: trio.TaskStatus[None]) -> None:
         """From the disk to the end of serving. Raises Reopen where it is to begin again."""
         env, folder = self._env, self.config.data_dir
+        self._installer = None
         await env.run_in_thread(complete_install, env.files, folder)
         options = StoreOptions(
             warm=self.config.warm,
@@ -601,9 +602,10 @@ class RaftGroup:
     @property
     def _waits_for(self) -> str:
         """What keeps a repair or a transfer from ending, for an operator; empty where nothing does."""
-        if self._phase is not None:
-            return self._phase.waits_for
-        return self._installer.waits_for if self._installer is not None else ""
+        installer = self._installer
+        if installer is not None:
+            return installer.waits_for or f"{installer.missing_bytes} of {installer.total_bytes} bytes are to come"
+        return self._phase.waits_for if self._phase is not None else ""
 
     # The open batch: leader only, between two awaits. `reserve` and `add_record`, called once per message, are the
     # batch's own methods (see __init__).

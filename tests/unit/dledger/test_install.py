@@ -91,7 +91,8 @@ async def test_scenario_21_blank_node_is_filled_on_an_idle_cluster_whose_log_was
         assert {other.node_id: other.running.end_position for other in toy.alive() if other is not node} == before
         assert_same_logs(toy)
         now = node.running.statistics()
-        assert now.counters["installs"] == 1 and now.first_index > 1 and now.state == "serving"
+        assert now.counters["installs"] == 1 and now.first_index > 1
+        assert now.state == "serving" and now.waits_for == ""
         await wait_until(lambda: not node.running.statistics().recovering, what="the leader's confirmation")
         await toy.put(b"more")
         await toy.level()
@@ -131,7 +132,8 @@ async def test_node_below_the_first_index_is_filled_killed_half_way_and_goes_on(
             limit=10,
             what="half of the transfer",
         )
-        assert node.running.statistics().state == "installing"
+        now = node.running.statistics()
+        assert now.state == "installing" and "bytes are to come" in now.waits_for
         await node.kill()
         progress = (node.folder / "incoming" / "progress").read_bytes()
         assert 0 < progress.count(1) < len(progress)
