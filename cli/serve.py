@@ -320,13 +320,10 @@ def broker_config(assignment: Assignment) -> BrokerConfig:
                 cluster=config.cluster.name,
                 group=group.name,
                 node_id=node.id,
-                peers={
-                    peer.name: _pair(member.dial.get(peer.name, peer.peer))
-                    for peer in group.nodes
-                    if peer in group.founders or peer is member
-                },
+                peers={peer.name: _pair(peer.peer) for peer in group.nodes if peer in group.founders or peer is member},
                 founders=tuple(founder.name for founder in group.founders),
-                founder_addresses={founder.name: _pair(founder.peer) for founder in group.founders},
+                dial={name: _pair(address) for name, address in member.dial.items()},
+                joined={peer.name: _pair(peer.peer) for peer in group.nodes if peer.join},
                 bind=_pair(member.peer),
                 data_dir=f"{folder}/raft",
                 flush=group.flush,

@@ -31,9 +31,11 @@ class GroupConfig:
     founders: tuple[str, ...] = ()
     """Those of `peers` that were members when the group was formatted; all of them when empty. The log's CONFIG entries
     say who came and went since."""
-    founder_addresses: Mapping[str, Address] = field(factory=dict)
-    """Addresses of the founders as all members know them, where this node has others for some in `peers`: from them the
-    identity of the cluster is derived."""
+    dial: Mapping[str, Address] = field(factory=dict)
+    """Where this node alone reaches some members; `peers` has the addresses that all of them know."""
+    joined: Mapping[str, Address] = field(factory=dict)
+    """Configured addresses of members that came after the founders. As those in `peers`, they are tried where the one
+    in the log leads nowhere: a member may have moved since."""
     bind: Address | None = None
     """Where to listen; `peers[node_id]` when None."""
     flush: Literal["async", "sync"] = "async"
@@ -126,7 +128,7 @@ class GroupConfig:
         """
         if self.cluster_uuid is not None:
             return self.cluster_uuid
-        founders = sorted((name, self.founder_addresses.get(name, self.peers[name])) for name in self.first_voters)
+        founders = sorted((name, self.peers[name]) for name in self.first_voters)
         members = ";".join(f"{name}={host}:{port}" for name, (host, port) in founders)
         return _uuid_of("cluster", self.cluster, members)
 

@@ -314,8 +314,8 @@ class Peers:
         self._dialled: dict[str, Link] = {}
         self._accepted: dict[str, Link] = {}
         self._complaints: dict[tuple[str, str], float] = {}
-        self._addresses: dict[str, Address] = {}
-        """Whom to dial, and where."""
+        self._addresses: dict[str, tuple[Address, ...]] = {}
+        """Whom to dial, and where: the likeliest place first."""
         self._known: frozenset[str] = frozenset()
         self._dialling: dict[str, trio.CancelScope] = {}
         self._nursery: trio.Nursery | None = None
@@ -334,15 +334,16 @@ class Peers:
     def set_members(self, addresses: Mapping[str, Address]) -> None:
         """The members in force, and where they take connections: new ones are dialled, those that went are let go.
 
-        A member whose address is not known is dialled where the configuration says. Who was configured, or is a
-        member, may call: one that was removed must be able to learn it.
+        A member that is not found there is dialled where the configuration says: it may have moved. Who was configured,
+        or is a member, may call: one that was removed must be able to learn it.
         """
         config = self._config
-        wanted: dict[str, Address] = {}
+        wanted: dict[str, tuple[Address, ...]] = {}
         for name in sorted(addresses):
-            address = addresses[name] or config.peers.get(name)
-            if name != config.node_id and address:
-                wanted[name] = address
+            places = (config.dial.get(name), addresses[name], config.peers.get(name), config.joined.get(name))
+            known = tuple(dict.fromkeys(place for place in places if place))
+            if name != config.node_id and known:
+                wanted[name] = known
         gone = [name for name in self._addresses if name not in wanted]
         added = [name for name in wanted if name not in self._addresses]
         self._addresses = wanted
@@ -416,11 +417,13 @@ class Peers:
         pause = quarrel_pause = RECONNECT_SECONDS_MIN
         is_lost_told = False
         since_loss = HARD_LOSS_ATTEMPTS
+        turn = 0
         while True:
             refused = False
             link = None
+            places = self._addresses[peer]
             try:
-                stream = await self._env.net.dial(*self._addresses[peer], timeout=DIAL_SECONDS_MAX)
+                stream = await self._env.net.dial(*places[turn % len(places)], timeout=DIAL_SECONDS_MAX)
                 link = await self._introduce(peer, stream)
             except ConnectionRefusedError:
                 refused = True
@@ -451,6 +454,7 @@ class Peers:
             if since_loss < HARD_LOSS_ATTEMPTS and not is_lost_told:
                 await self._env.clock.sleep(0.005)  # dying processes close their listener and connections one by one
                 continue
+            turn += 1  # only now: where it was a moment ago, being refused tells that its process is gone
             await self._env.clock.sleep(pause * self._rng.uniform(0.75, 1.25))
             pause = min(pause * 2, RECONNECT_SECONDS_MAX)
 

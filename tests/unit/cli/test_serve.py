@@ -73,6 +73,6 @@ def test_nodes_that_dial_each_other_differently_are_one_cluster() -> None:
         ).group
         for name in ("n0", "n1", "n2")
     ]
-    assert groups[0].peers["n1"] == ("127.0.0.1", 7001)
+    assert groups[0].dial == {"n1": ("127.0.0.1", 7001)}
     assert len({group.effective_cluster_uuid for group in groups}) == 1
     assert len({group.group_uuid for group in groups}) == 1

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import trio
+from attrs import evolve
 
 from dledger.config import GroupConfig
 from dledger.core.messages import Append, AppendReply, Message, Vote
@@ -231,6 +232,32 @@ async def test_broken_connection_to_a_live_peer_is_soft_and_comes_back(tmp_path:
         found[0].peers.disconnect("n1", "for the test")
         await wait_until(lambda: found[0].seen.ups == ["n1", "n1"], what="the reconnect")
         assert found[0].seen.losses == [("n1", False)]
+
+
+@pytest.mark.parametrize("where", ["dial", "joined", "peers"])
+async def test_a_member_is_found_where_it_has_moved_to(tmp_path: Path, where: str) -> None:
+    """The address in the log may be an old one: then the configuration's is tried, and the other way round."""
+    async with members(tmp_path) as found:
+        await connected(found)
+        n0, n1 = found
+        old, new = n1.listener.address, ("127.0.0.1", free_port())
+        config = {"peers": n0.peers._config.peers, "dial": {}, "joined": {}}
+        config[where] = {**config[where], "n1": new}
+        n0.peers._config = evolve(n0.peers._config, **config)  # type: ignore[arg-type]
+        n0.peers.set_members({"n0": n0.listener.address, "n1": old})
+        n1.scope.cancel()
+        await wait_until(lambda: not n0.peers.is_connected("n1"), what="the loss")
+        n1.listener, n1.scope = await n1.peers._env.net.listen(*new), trio.CancelScope()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(n1.run)
+            await wait_until(lambda: n0.peers.is_connected("n1"), what="the connection to the new address")
+            nursery.cancel_scope.cancel()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 async def test_members_that_fall_out_at_once_do_not_redial_in_a_busy_loop(

@@ -13,7 +13,6 @@ import pytest
 import trio
 from attrs import evolve
 
-from dledger.config import GroupConfig
 from dledger.core.types import Role
 from dledger.errors import FormatError, NotLeader, Overloaded, StoreFailed
 from dledger.group import RaftGroup
@@ -509,17 +508,6 @@ async def test_power_loss_under_async_flush_makes_a_node_recover_first(tmp_path:
         await follower.kill()
         await follower.start()
         assert follower.running.statistics().power_lost_index is None
-
-
-def test_founders_addresses_make_the_same_cluster_for_members_that_reach_them_elsewhere() -> None:
-    founders = {"n0": ("10.0.0.1", 40911), "n1": ("10.0.0.2", 40911), "n2": ("10.0.0.3", 40911)}
-
-    def uuid_of(**changes: Any) -> str:
-        return GroupConfig(cluster="c", group="g", node_id="n0", data_dir="d", **changes).effective_cluster_uuid
-
-    elsewhere = {**founders, "n1": ("192.168.7.7", 1)}
-    assert uuid_of(peers=elsewhere) != uuid_of(peers=founders)
-    assert uuid_of(peers=elsewhere, founder_addresses=founders) == uuid_of(peers=founders)
 
 
 async def test_records_added_together_must_fill_what_was_reserved(tmp_path: Path) -> None:
