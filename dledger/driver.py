@@ -1050,7 +1050,10 @@ class Driver:
                 self.measures.write.record(store.last_write_seconds)
                 self.counters["writes_in_thread"] += 1
                 self._sync_kick.set()
-                self.pump()
+                if store.written_index != written_index:
+                    self.pump()
+                elif store.needs_spare or store.disk_full:
+                    self._spare_kick.set()  # whoever makes room wakes the next turn; a turn before that would spin
 
     async def _keep_recovered(self) -> None:
         """A node that is killed while it recovers does so again at its next start, until a leader has confirmed it."""
