@@ -19,7 +19,7 @@ from attrs import define
 from broker.config import BrokerConfig
 from broker.node import BrokerNode
 from broker.records import UNIT
-from chaos.sim.full.groups import check_logs_equal
+from chaos.sim.full.groups import check_logs_equal, holds_everything
 from chaos.sim.full.machine import Process
 from chaos.sim.full.world import Broken, World
 from dledger.config import GroupConfig
@@ -122,6 +122,7 @@ class ClusterSubject:
         """Brokers twice: they are the more interesting ones."""
         for name in ("ns0", *self._brokers, "p0", "c0"):
             world.add_machine(name)
+        self.victim = self._brokers[world.plan.seed % 3]
         self.book = Book(world)
         self.nodes: dict[str, BrokerNode] = {}
         self._formatted: dict[str, None] = {}
@@ -149,6 +150,9 @@ class ClusterSubject:
     @property
     def _groups(self) -> dict[str, RaftGroup]:
         return {name: node.group for name, node in self.nodes.items()}
+
+    def log_folder(self, name: str) -> str:
+        return f"/{name}/data/raft/log/"
 
     # Lives
 
@@ -388,13 +392,10 @@ class ClusterSubject:
 
     def may_lose_power(self, name: str) -> bool:
         """As with bare groups: with async flush one copy at a time, while the other two hold all that is committed."""
-        if self._plan.flush == "sync" or name not in self._brokers:
-            return True
-        if len(self._running()) < len(self._brokers):
-            return False
-        statistics = [self.nodes[other].group.statistics() for other in self._brokers]
-        committed = max(each.applied_index for each in statistics)
-        return not any(each.recovering or each.written_index < committed for each in statistics)
+        return self._plan.flush == "sync" or name not in self._brokers or self.is_whole()
+
+    def is_whole(self) -> bool:
+        return len(self._running()) == len(self._brokers) and holds_everything(self._world, self._groups)
 
     def is_excused(self, process: Process, error: BaseException) -> bool:
         disk = process.machine.disk

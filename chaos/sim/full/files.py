@@ -148,6 +148,8 @@ class Disk:
         """How often `pread_nowait` finds nothing in the cache."""
         self.used = 0
         self.power_losses = 0
+        self.flips: list[tuple[str, int, int]] = []
+        """(path, offset, what was there)."""
         self.rng = rng
         root = Inode(is_folder=True)
         self._names: dict[str, Inode] = {"/": root}
@@ -257,9 +259,25 @@ class Disk:
     def flip_bit(self, path: str, offset: int, bit: int) -> None:
         """A bit of a cold sector turns, in the cache and on the disk alike."""
         inode = self._names[path]
+        self.flips.append((path, offset, inode.cached[offset]))
         for image in (inode.cached, inode.durable):
             if offset < len(image):
                 image[offset] ^= 1 << bit
+
+    @property
+    def rotten(self) -> list[tuple[str, int, int]]:
+        """Turned bits that nobody has mended yet."""
+        return [
+            (path, offset, before)
+            for path, offset, before in self.flips
+            if (inode := self._names.get(path)) is not None
+            and offset < len(inode.cached)
+            and (inode.cached[offset] ^ before).bit_count() == 1
+        ]
+
+    def written_bytes(self, path: str) -> int:
+        """Up to the last byte that is not zero, on stable storage."""
+        return len(self._names[path].durable.rstrip(b"\0"))
 
     def drop_cache(self, inode: Inode) -> None:
         """What is read next comes from the disk."""

@@ -20,7 +20,7 @@ from chaos.sim.full.machine import Process
 from chaos.sim.full.world import Broken, World
 from dledger.config import GroupConfig
 from dledger.core.types import Role
-from dledger.errors import LedgerError, NotLeader, Overloaded, StoreFailed
+from dledger.errors import NotLeader, Overloaded, StoreFailed
 from dledger.group import EntryView, RaftGroup
 
 PEER_PORT: Final = 10_911
@@ -243,6 +243,7 @@ class GroupsSubject:
         self.members: Sequence[str] = ("n0", "n1", "n2")
         for name in self.members:
             world.add_machine(name)
+        self.victim = self.members[world.plan.seed % 3]
         self._judge = Judge(world)
         self._is_busy = False
         self.groups: dict[str, RaftGroup] = {}
@@ -261,6 +262,9 @@ class GroupsSubject:
     @property
     def elections(self) -> int:
         return len(self._judge.leaders)
+
+    def log_folder(self, name: str) -> str:
+        return f"/{name}/raft/log/"
 
     # Lives
 
@@ -379,25 +383,18 @@ class GroupsSubject:
 
     def may_lose_power(self, name: str) -> bool:
         """With async flush one copy at a time, and only while the other two hold all that is committed."""
-        if self._plan.flush == "sync":
-            return True
-        committed = max(self._judge.entries, default=0)
-        for other in self.members:
-            machine = self._world.machines[other]
-            if not machine.is_up or other not in self.groups or machine.process is None or machine.process.is_dead:
-                return False
-            statistics = self.groups[other].statistics()
-            if statistics.recovering or statistics.written_index < committed:
-                return False
-        return True
+        return self._plan.flush == "sync" or self.is_whole()
+
+    def is_whole(self) -> bool:
+        return all(name in self._running() for name in self.members) and holds_everything(
+            self._world, {name: self.groups[name] for name in self.members}
+        )
 
     def is_excused(self, process: Process, error: BaseException) -> bool:
         disk = process.machine.disk
         if isinstance(error, StoreFailed):
             return disk.has_failed
-        if isinstance(error, OSError) and not isinstance(error, LedgerError):
-            return disk.was_full_until > 0
-        return False
+        return isinstance(error, OSError) and (disk.was_full_until > 0 or disk.has_failed)
 
     def unsettled(self) -> str | None:
         statistics = {}
@@ -449,6 +446,15 @@ class GroupsSubject:
         return None
 
 
+def holds_everything(world: World, groups: dict[str, RaftGroup]) -> bool:
+    """Whether every member has written all that any has applied, and none's disk has rotted."""
+    statistics = [group.statistics() for group in groups.values()]
+    applied = max(each.applied_index for each in statistics)
+    return not any(each.recovering or each.written_index < applied for each in statistics) and not any(
+        world.machines[name].disk.rotten for name in groups
+    )
+
+
 def check_logs_equal(world: World, folders: dict[str, str], groups: dict[str, RaftGroup]) -> None:
     """The files of all members, byte by byte, over what all of them have and have committed."""
     begin = max(groups[name].first_position for name in folders)
@@ -462,7 +468,11 @@ def check_logs_equal(world: World, folders: dict[str, str], groups: dict[str, Ra
             if file.isdigit() and inode is not None and int(file) + len(inode.cached) > begin:
                 if int(file) != begin + len(log) and log:
                     raise Broken(f"{name} lacks a segment before {file}")
-                log += inode.cached
+                content = bytearray(inode.cached)
+                for path, offset, before in disk.rotten:
+                    if path == f"{folder}/{file}":
+                        content[offset] = before  # nobody has looked there since
+                log += content
         logs[name] = bytes(log[: end - begin])
     names = list(logs)
     for name in names[1:]:

@@ -44,6 +44,7 @@ class Nemesis:
             "slow disk": self._slow_disk,
             "full disk": self._full_disk,
             "failing sync": self._failing_sync,
+            "bit flip": self._bit_flip,
             "transfer": self._transfer,
             "restart": self._restart,
             "wall clock": self._wall_clock,
@@ -229,6 +230,24 @@ class Nemesis:
         self._later(seconds, end)
 
     def _failing_sync(self, name: str) -> None:
-        self._note(f"the next sync of {name} fails")
-        self._world.counts["disk_faults"] += 1
-        self._machine(name).disk.failing_syncs += 1
+        """What was to be synced is lost, as with a power loss, should the page cache go too."""
+        if self._subject.may_lose_power(name):
+            self._note(f"the next sync of {name} fails")
+            self._world.counts["disk_faults"] += 1
+            self._machine(name).disk.failing_syncs += 1
+
+    def _bit_flip(self, _: str) -> None:
+        """A bit of the log turns while its node is down. Always the same node: the others' copies stay whole."""
+        world = self._world
+        name = self._subject.victim
+        disk, folder = self._machine(name).disk, self._subject.log_folder(name)
+        segments = [path for path in disk.paths() if path.startswith(folder) and path[-1].isdigit()]
+        written = {path: nbytes for path in segments if (nbytes := disk.written_bytes(path))}
+        if not written or not self._subject.is_whole():
+            return
+        path = self._rng.choice(list(written))
+        world.end_life(name, power=False, down_seconds=self._down_seconds())
+        offset, bit = self._rng.randrange(written[path]), self._rng.randrange(8)
+        self._note(f"bit {bit} of byte {offset} of {path} turns")
+        world.counts["flips"] += 1
+        disk.flip_bit(path, offset, bit)

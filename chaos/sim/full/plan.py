@@ -58,6 +58,8 @@ FAULTS: Final = (
     "stall",
     "slow disk",
     "full disk",
+    "failing sync",
+    "bit flip",
     "transfer",
     "restart",
     "wall clock",

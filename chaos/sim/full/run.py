@@ -24,6 +24,7 @@ TOTALS = (
     "pauses",
     "partitions",
     "disk_faults",
+    "flips",
     "transfers",
 )
 
@@ -49,6 +50,7 @@ class SeedResult:
     pauses: int
     partitions: int
     disk_faults: int
+    flips: int
     transfers: int
     trace: tuple[str, ...] = ()
 
@@ -115,6 +117,7 @@ def run_seed(seed: int, *, keep_trace: bool = False, plan: FullPlan | None = Non
         pauses=counts["pauses"],
         partitions=counts["partitions"],
         disk_faults=counts["disk_faults"],
+        flips=counts["flips"],
         transfers=counts["transfers"],
         trace=tuple(world.trace) if keep_trace else (),
     )

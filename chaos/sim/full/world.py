@@ -39,6 +39,15 @@ class Subject(Protocol):
     members: Sequence[str]
     """Names of the machines that the nemesis may touch."""
 
+    victim: str
+    """The one machine whose log may rot."""
+
+    def log_folder(self, name: str) -> str:
+        """Where a machine's segments are."""
+
+    def is_whole(self) -> bool:
+        """Whether every member holds all that is committed, and nothing has been damaged before."""
+
     async def run_node(self, process: Process, task_status: trio.TaskStatus[Any]) -> None:
         """One life of a node, until it is cancelled or stops."""
 

@@ -12,7 +12,7 @@ from attrs import evolve
 from click.testing import CliRunner
 
 from chaos.commands import chaos_group
-from chaos.sim.full import groups
+from chaos.sim.full import clock, groups
 from chaos.sim.full.clock import probe_scheduler
 from chaos.sim.full.plan import FullPlan, draw_plan
 from chaos.sim.full.run import run_seed
@@ -78,6 +78,21 @@ def test_a_cluster_is_a_run() -> None:
     result = run_seed(3, plan=short(3, kind="cluster", seconds=1.5, rate=10.0, faults=("kill", "partition")))
     assert result.ok, result.violation
     assert result.acknowledged and result.elections
+
+
+def test_a_slow_disk_without_a_next_segment_costs_no_busy_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "SPIN_LOOKS_MAX", 50_000)
+    faults = ("slow disk", "stall")
+    plan = short(5, seconds=1.0, rate=60.0, record_bytes_max=5000, faults=faults, segment_bytes=65_536, flush="async")
+    result = run_seed(5, plan=plan)
+    assert result.ok, result.violation
+    assert result.disk_faults
+
+
+def test_a_turned_bit_is_mended_from_the_other_members() -> None:
+    result = run_seed(2, plan=short(2, seconds=2.0, faults=("bit flip",), flush="sync"))
+    assert result.ok, result.violation
+    assert result.flips
 
 
 def test_the_verbs_play_and_repeat_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
