@@ -27,7 +27,7 @@ from dledger.core.types import HEADER_BYTES, HardState, Role
 from dledger.driver import APPLY_SECONDS_MAX, Driver, Replay
 from dledger.errors import CoreStopped, FormatError, LedgerError, LogDamaged, NotLeader, Overloaded, Reopen, TooLarge
 from dledger.fetch import Exchange, FetchClient, FetchServer, LogSource
-from dledger.install import Installer, Pulled, complete_install, finish_install
+from dledger.install import Installer, Pulled, adds_to, complete_install, finish_install
 from dledger.machine import EntryView, GroupStatistics, StateMachine
 from dledger.open_batch import OpenBatch
 from dledger.peers import Peers
@@ -106,7 +106,6 @@ class RaftGroup:
         self._installer: Installer | None = None
         self._pulled: Pulled | None = None
         self._power_lost_index: int | None = None
-        self._last_index = 0
         self._lacks_tables = False
         self._needed = 0
         self._need = trio.Event()
@@ -328,15 +327,14 @@ class RaftGroup:
             self.counters["cut_as_damaged"] += phase.dropped
             with trio.CancelScope(shield=True):
                 await listener.aclose()
-            self._last_index = 0  # it is damaged, and the node recovering: what peers have committed counts for more
         if reason:
             raise Reopen(reason)
 
     async def _finish_install(self) -> None:
         """Put pulled segments in place of the log. The run has ended, so nothing is acknowledged meanwhile."""
         pulled, self._pulled = self._pulled, None
-        if pulled is None or self._last_index > pulled.last_index:
-            return  # ordinary replication was faster in the end
+        if pulled is None:
+            return
         env, folder = self._env, self.config.data_dir
         self.state = "installing"
         try:
@@ -350,7 +348,7 @@ class RaftGroup:
             self._log.error("no room to install segments", error=str(error))
             return
         self.counters["installs"] += 1
-        self._log.info("segments installed", last_index=pulled.last_index, former_last_index=self._last_index)
+        self._log.info("segments installed", last_index=pulled.last_index)
 
     def _may_have_forgotten(self, meta: MetaFile) -> bool:
         """Whether a power loss may have taken what this node acknowledged: async flush, and the machine rebooted."""
@@ -470,9 +468,17 @@ class RaftGroup:
                 self.counters[name] += count
             with trio.CancelScope(shield=True):
                 await listener.aclose()
-            self._last_index = store.last_index
+            if self._pulled is not None and not self._is_useful(store, self._pulled):
+                self._pulled = None  # ordinary replication was faster in the end
         await store.close()
         await meta.save_mark(store.durable_index, clean=True)
+
+    @staticmethod
+    def _is_useful(store: LogStore, pulled: Pulled) -> bool:
+        try:
+            return adds_to(store, pulled.manifest)
+        except LogDamaged:
+            return False  # what this log holds is to be found out, and mended, first
 
     def _note_need(self, leader: str, first_index: int) -> None:
         """The core's: only whole segments can bring this node to `first_index`."""
@@ -483,6 +489,11 @@ class RaftGroup:
         """Pull segments whenever the leader offers them, beside whatever else happens; then have the log opened anew.
         One leader's offer is as good as another's: a transfer under way goes on."""
         store = driver.store
+
+        def is_needed() -> bool:
+            """An index alone proves nothing: a log that differs from the leader's may be as long."""
+            return driver.core.verified_index + 1 < self._needed
+
         while True:
             await self._need.wait()
             self._need = trio.Event()
@@ -491,13 +502,13 @@ class RaftGroup:
                 self._env, self.config.data_dir, segment_bytes, client, self._log, store
             )
             try:
-                pulled = await installer.pull(lambda: self._needed - 1, lambda: store.last_index + 1 < self._needed)
+                pulled = await installer.pull(lambda: self._needed - 1, is_needed)
             except LogDamaged as error:  # in this node's own segments, on their way to the new log
                 driver.damaged(error)
                 return
             self._installer = None
             self.state = "serving"
-            if pulled is not None and store.last_index < pulled.last_index:
+            if pulled is not None and self._is_useful(store, pulled):
                 self._pulled = pulled
                 driver.reopen("segments fetched")
                 return

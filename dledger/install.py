@@ -61,6 +61,17 @@ class Pulled:
         return self.manifest.segments[-1].last_index
 
 
+def adds_to(own: LogStore, manifest: Manifest) -> bool:
+    """Whether segments bring a log further, or differ from it. What they hold is committed; so where they differ, this
+    log's entries from there on never were, but where they agree, entries behind them may have been acknowledged.
+    Raises LogDamaged.
+    """
+    end = manifest.segments[-1]
+    if end.last_index > own.last_index:
+        return True
+    return end.last_index >= own.first_index - 1 and own.head_crc_at(end.last_index) != end.last_crc
+
+
 class Installer:
     """Pulls segments, until they are all there. One at a time; resumed by the next one."""
 
@@ -172,7 +183,7 @@ class Installer:
             checkpoint: bytes | None = files.read_bytes(f"{incoming}/{TABLES_FILE}")
         except (OSError, ValueError):
             return None
-        if self._own is not None and manifest.segments[-1].last_index <= self._own.last_index:
+        if self._own is not None and not adds_to(self._own, manifest):
             return None
         content: Checkpoint | None = unpack_checkpoint(checkpoint) if checkpoint else None
         if checkpoint and content is None:

@@ -13,7 +13,7 @@ import trio
 
 from dledger.core.config import RaftConfig
 from dledger.errors import LedgerError, NotLeader
-from dledger.group import AddLearner, Promote, Remove
+from dledger.group import AddLearner, Promote, Remove, Role
 from dledger.store.staging import Staging
 from runtime.testing import wait_until
 from tests.unit.dledger.dledger_toy import Node, ToyCluster, toy_env
@@ -150,6 +150,34 @@ async def test_node_below_the_first_index_is_filled_killed_half_way_and_goes_on(
         assert_same_logs(toy)
         assert node.running.statistics().counters["installs"] == 1
         assert not (node.folder / "incoming").exists()
+
+
+async def test_a_log_that_differs_is_filled_by_segments_however_long_it_is(tmp_path: Path) -> None:
+    """An ex-leader's uncommitted tail of many small entries may reach as far as the segments that replace it."""
+    async with cluster(tmp_path) as toy:
+        await fill(toy, 2)
+        old = await toy.leader()
+        others = [node for node in toy.alive() if node is not old]
+        for node in others:
+            await node.kill()
+        told: list[str] = []
+        while old.running.role is Role.LEADER:
+            if old.running.statistics().last_index < 200:
+                old.machine.put(old.running, b"lost", told.append)
+                old.running.seal()
+                old.running.wake()
+            await trio.sleep(0.001)
+        tail_end = old.running.statistics().last_index
+        await old.kill()
+        for node in others:
+            await node.start()
+        await fill(toy, 45)
+        await trim(toy)
+        assert 3 < max(first_indexes(toy)) <= tail_end, "the tail reaches behind the first entry that is left"
+        await old.start()
+        await toy.level(20)
+        assert_same_logs(toy)
+        assert old.running.statistics().counters["installs"] == 1
 
 
 async def test_segments_that_a_node_has_already_are_not_fetched_again(
