@@ -118,14 +118,14 @@ class LiveView:
         is_leader = status.role == "leader"
         table.add_row(
             name,
-            f"{'★' if is_leader else ' '} {status.role or '-'}",
+            f"{'★' if is_leader else ' '} {status.standing}",
             number(status.term),
             number(status.uncommitted),
             number(status.committed_index),
             number(status.applied_index),
             number(status.lag_entries),
             *(number(rate) for rate in rates),
-            style="bold green" if is_leader else "",
+            style="bold green" if is_leader else "yellow" if status.standing != status.role else "",
         )
 
 

@@ -26,7 +26,7 @@ def clock_time(at_ms: int) -> str:
 def promise(config: ClusterConfig) -> str:
     """What an acknowledgement means in this cluster (design §3: `up` prints it)."""
     group = config.groups[0]
-    size = len(group.nodes)
+    size = len(group.founders)
     quorum = size // 2 + 1
     where = "in the page cache of" if group.flush == "async" else "on the disk of"
     caveat = " (safe from crashes of nodes, not from a power cut of all)" if group.flush == "async" else ""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cluster.raft_groups import GroupView, NodeView
 
 CAUGHT_UP_LOOK_S = 0.25
+PROGRESS_EVERY_S = 2.0
 LEVEL_BYTES = 1024 * 1024
 """A learner this near the leader's end is promoted (raft.md 4.15)."""
 
@@ -304,9 +305,15 @@ async def _transfer(group_name: str | None, to: str | None, target: Target, as_j
     async with reached(target) as cluster:
         group = cluster.group(group_name)
         former = _leader_of(group)
-        leader = await cluster.client.admin.raft.transfer_leadership(former.address, to)
+        leader = former.node_id
+        if to is None or to != leader:
+            leader = await cluster.client.admin.raft.transfer_leadership(former.address, to)
     if as_json:
         print_json({"group": group.name, "from": former.node_id, "leader": leader})
+    elif leader == former.node_id:
+        click.echo(f"{group.name}: {leader} leads already")
+    elif leader is None:
+        click.echo(f"{group.name}: {former.node_id} gave up leadership; the others are still electing")
     else:
         click.echo(f"{group.name}: {leader} leads, after {former.node_id}")
 
@@ -345,10 +352,11 @@ def add_node(
     from cluster.config import parse_address
 
     try:
-        parse_address(peer)
+        address = parse_address(peer)
     except ValueError as error:
         raise Failure(f"--peer: {error}", USAGE) from None
-    run(_add_node, node, peer, stays_learner, wait_s, (namesrv, data_path, config_path), as_json)
+    host = "127.0.0.1" if address.host == "localhost" else address.host
+    run(_add_node, node, f"{host}:{address.port}", stays_learner, wait_s, (namesrv, data_path, config_path), as_json)
 
 
 async def _add_node(name: str, peer: str, stays_learner: bool, wait_s: float, target: Target, as_json: bool) -> None:
@@ -358,6 +366,16 @@ async def _add_node(name: str, peer: str, stays_learner: bool, wait_s: float, ta
         assert leader.said is not None
         administration = cluster.client.admin.raft
         members = {"voters": leader.said["members"], "learners": leader.said["learners"]}
+        known = _plain(leader.said["addresses"].get(node, peer))
+        if node in members["voters"] and known != peer:
+            raise Failure(
+                f"{node} votes in {group.name} already, at {known}; to move it, change its `peer` in cluster.toml on "
+                "all hosts and restart the nodes one by one",
+                CLUSTER_ANSWERED_ERROR,
+            )
+        if node in members["learners"] and known != peer:
+            _say(f"{node} was a learner at {known}: it is removed, to be added at {peer}", as_json)
+            members = await administration.remove(leader.address, node)
         if node not in members["voters"] and node not in members["learners"]:
             members = await administration.add_learner(leader.address, node, peer)
             _say(f"{node} is a learner of {group.name} now; start it with `quorate serve {node} --join`", as_json)
@@ -381,22 +399,25 @@ async def _wait_level(cluster: ReachedCluster, group_name: str, node: str, wait_
     """Until the leader says that the learner is near its end. Raises Failure (4)."""
     clock = real_env().clock
     deadline = clock.monotonic() + wait_s
-    told: object = None
+    tell_at = clock.monotonic()
     while True:
         leader = (await _look_again(cluster, group_name)).leader
         said = leader.said if leader is not None and leader.said is not None else {}
         lag, state = said.get("lag_bytes", {}).get(node), said.get("peer_state", {}).get(node)
         if lag is not None and lag < LEVEL_BYTES and state == "replicate":
             return
+        stands = f"{number(lag)} bytes behind"
+        if not said.get("connected", {}).get(node, False):
+            stands = f"not reached at {_plain(said.get('addresses', {}).get(node))}"
         if clock.monotonic() > deadline:
             raise Failure(
-                f"{node} has not caught up within {wait_s:g} s ({number(lag)} bytes behind, {state}); it stays a "
-                "learner, and the same command goes on",
+                f"{node} has not caught up within {wait_s:g} s (it is {stands}); it stays a learner, and the same "
+                "command goes on",
                 GAVE_UP_WAITING,
             )
-        if lag != told:
-            told = lag
-            _say(f"{node} is {number(lag)} bytes behind", as_json)
+        if clock.monotonic() >= tell_at:
+            tell_at += PROGRESS_EVERY_S
+            _say(f"{node} is {stands}", as_json)
         await clock.sleep(CAUGHT_UP_LOOK_S)
 
 
@@ -423,6 +444,9 @@ async def _remove_node(name: str, yes: bool, target: Target, as_json: bool) -> N
         group, node = cluster.split(name)
         leader = _leader_of(group)
         assert leader.said is not None
+        everybody = [*leader.said["members"], *leader.said["learners"]]
+        if node not in everybody:
+            raise Failure(f"{node} is no member of {group.name}; the members are {' '.join(everybody)}", USAGE)
         left = [voter for voter in leader.said["members"] if voter != node]
         _ask(
             f"{group.name} goes on with the voters {' '.join(left)} and bears the loss of {(len(left) - 1) // 2} of "

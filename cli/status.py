@@ -86,7 +86,7 @@ def _print_tables(statuses: list[NodeStatus]) -> None:
         rows = [
             (
                 one.name,
-                ("* " if one.role == "leader" else "  ") + (one.role or one.state),
+                ("* " if one.role == "leader" else "  ") + one.standing,
                 number(one.term),
                 number(one.last_index),
                 number(one.written_index),

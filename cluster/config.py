@@ -101,6 +101,9 @@ class NodeSection:
     )
     priority: int = _setting(0, "the node with the highest leads when it is up to date", "preferredLeaderIds")
     join: bool = _setting(False, "not a member from the beginning; added with `quorate raft add-node`")
+    removed: bool = _setting(
+        False, "taken out with `quorate raft remove-node`; a founder stays in the file, as the group began with it"
+    )
     metrics: Address | None = _setting(None, "address where Prometheus finds measurements")  # noqa: RUF009
 
     @property
@@ -143,6 +146,11 @@ class GroupSection:
         """The members of the group when it is formatted; the log says who came and went since."""
         return tuple(node for node in self.nodes if not node.join)
 
+    @property
+    def present(self) -> tuple[NodeSection, ...]:
+        """Those that are to run."""
+        return tuple(node for node in self.nodes if not node.removed)
+
 
 @frozen(kw_only=True)
 class Node:
@@ -183,7 +191,7 @@ class ClusterConfig:
                 peer=namesrv.peer if len(self.namesrvs) > 1 else None,
             )
         for number, group in enumerate(self.groups):
-            for node in group.nodes:
+            for node in group.present:
                 yield Node(
                     name=node.name if number == 0 else f"{_short(group.name)}-{node.name}",
                     kind="broker",

@@ -99,7 +99,12 @@ def check_group(group: GroupView, section: GroupSection | None) -> Iterator[Find
             "look at its log, or start it",
         )
     for node in group.answering:
-        yield from _check_node(group, node)
+        if leader is not None and node.node_id not in (*voters, *best.said["learners"]):
+            yield _stranger(group, node, section)
+        else:
+            yield from _check_node(group, node)
+    if section is not None and len(voters) != len(section.founders):
+        yield Finding(group.name, "ok", f"now {len(voters)} nodes vote: {promise_of(section.flush, len(voters))}")
     if leader is not None:
         yield from _check_peers(group, _said(leader))
     if section is not None:
@@ -126,6 +131,18 @@ def _why_leaderless(group: GroupView, voters: list[str]) -> tuple[str, str]:
             f"start the missing ones; if they are gone for good: quorate raft recover {recovering[0]} --accept-loss",
         )
     return "no leader now, though a majority answers", "ask again in a few seconds; if it stays, read the nodes' logs"
+
+
+def _stranger(group: GroupView, node: NodeView, section: GroupSection | None) -> Finding:
+    """A node that runs and gets nothing: it was removed, or has not been added yet."""
+    configured = section.nodes if section is not None else ()
+    peer = next((str(each.peer) for each in configured if each.name == node.node_id), "HOST:PORT")
+    return Finding(
+        f"{group.name}/{node.node_id}",
+        "warning",
+        "runs, but is no member of the group: it was removed, or not added yet",
+        f"stop it, or: quorate raft add-node {node.node_id} --peer {peer}",
+    )
 
 
 def _check_node(group: GroupView, node: NodeView) -> Iterator[Finding]:
@@ -192,12 +209,13 @@ def _check_peers(group: GroupView, said: Mapping[str, Any]) -> Iterator[Finding]
 
 
 def _check_members(group: GroupView, said: Mapping[str, Any], section: GroupSection) -> Iterator[Finding]:
-    configured = sorted(node.name for node in section.nodes)
+    configured = sorted(node.name for node in section.present)
     there = sorted([*said["members"], *said["learners"]])
     if there != configured:
         yield Finding(
             group.name,
             "warning",
             f"its members are {' '.join(there)}, the configuration has {' '.join(configured)}",
-            "the log counts; change members with quorate raft add-node or remove-node, and the file after it",
+            "the log counts; change members with quorate raft add-node or remove-node, and the file after it: "
+            "join = true for who came, removed = true for who went",
         )

@@ -252,7 +252,7 @@ def prepare(env: Env, layout: Layout, config: ClusterConfig) -> ClusterIdentity:
     groups = dict(known.groups)
     names = {(node.group, node.id): node.name for node in config.nodes()}
     for group in config.groups:
-        folders = {node.name: layout.node(names[group.name, node.name]) for node in group.nodes}
+        folders = {node.name: layout.node(names[group.name, node.name]) for node in group.present}
         groups[group.name] = _group_identity(env, group, folders, groups.get(group.name))
     identity = ClusterIdentity(uuid=known.uuid, groups=groups, config=config)
     env.files.make_dirs(layout.logs)
@@ -279,8 +279,9 @@ def _group_identity(
             f"{', '.join(founders)}; put them back, or choose another folder with --data DIR"
         )
     if known.is_formatted:
-        empty = [folders[name] for name in founders if is_node_blank(env.files, folders[name])]
-        if 2 * len(empty) >= len(founders):
+        blank = [name for name in folders if is_node_blank(env.files, folders[name])]
+        empty = [folders[name] for name in founders if name in blank]
+        if empty and len(empty) >= len(folders) - len(blank):
             # A blank node is filled by the others; but most of a group cannot be, and may be all there was.
             raise UpRefused(
                 f"raft group {group.name}: {' and '.join(empty)} {'is' if len(empty) == 1 else 'are'} empty, though "

@@ -33,6 +33,12 @@ class NodeStatus:
     role: str | None = None
     """leader, follower, candidate, pre_candidate."""
     term: int | None = None
+    log_state: str | None = None
+    """serving; or recovering (from its own disk), repairing (damage, from its peers), installing (their log files)."""
+    recovering: bool | None = None
+    """It may have forgotten what it acknowledged, and does not vote as others do."""
+    membership: str | None = None
+    """voter, learner, or none: by the leader's account, else by its own."""
     leader: str | None = None
     """Id of the node it follows."""
     last_index: int | None = None
@@ -58,6 +64,20 @@ class NodeStatus:
             return None
         return self.last_index - self.committed_index
 
+    @property
+    def standing(self) -> str:
+        """The role, and what keeps the node from its full part."""
+        parts = [self.role or self.state]
+        if self.membership == "learner":
+            parts.append("learner")
+        elif self.membership == "none":
+            parts.append("no member")
+        if self.log_state not in (None, "serving", "recovering"):
+            parts.append(str(self.log_state))
+        elif self.recovering or self.log_state == "recovering":
+            parts.append("recovering")
+        return ", ".join(parts)
+
 
 def _int(info: Mapping[str, str], key: str) -> int | None:
     text = info.get(key, "")
@@ -73,6 +93,9 @@ def _from_runtime_info(node: RunningNode, info: Mapping[str, str]) -> NodeStatus
         state="up",
         role=info.get("raftRole", "").lower() or None,
         term=_int(info, "raftTerm"),
+        log_state=info.get("raftState"),
+        recovering=info["raftRecovering"] == "true" if "raftRecovering" in info else None,
+        membership=_membership(info.get("raftNode", ""), info),
         leader=info.get("raftLeader") or None,
         last_index=_int(info, "raftLastIndex"),
         written_index=_int(info, "raftWrittenIndex"),
@@ -87,6 +110,16 @@ def _from_runtime_info(node: RunningNode, info: Mapping[str, str]) -> NodeStatus
         messages_out=_int(info, "msgGetTotalTodayNow"),
         group_uuid=info.get("raftGroupUuid"),
     )
+
+
+def _membership(node_id: str, info: Mapping[str, str]) -> str | None:
+    """What `info`'s sender knows of a node's part in the group; None where it knows of no members."""
+    voters = [name for name in info.get("raftMembers", "").split(";") if name]
+    if not voters:
+        return None
+    if node_id in voters:
+        return "voter"
+    return "learner" if node_id in info.get("raftLearners", "").split(";") else "none"
 
 
 def _down(node: RunningNode, reason: str) -> NodeStatus:
@@ -107,6 +140,24 @@ def with_lag(statuses: Sequence[NodeStatus]) -> list[NodeStatus]:
     ]
 
 
+def with_membership(statuses: Sequence[NodeStatus], said: Mapping[str, Mapping[str, str]]) -> list[NodeStatus]:
+    """By the account of each group's leader: a node that was away when it was removed does not know of it. `said` has
+    the runtime information of the nodes that answered."""
+    leaders: dict[str | None, NodeStatus] = {}
+    for status in statuses:
+        if status.role == "leader" and (status.term or 0) >= (leaders.get(status.group, status).term or 0):
+            leaders[status.group] = status
+    return [
+        evolve(
+            status,
+            membership=_membership(said[status.name].get("raftNode", ""), said[leaders[status.group].name]),
+        )
+        if status.group in leaders and status.name in said
+        else status
+        for status in statuses
+    ]
+
+
 class StatusReader:
     """Asks the brokers of one cluster again and again over kept connections."""
 
@@ -118,12 +169,15 @@ class StatusReader:
     async def read(self, nodes: Sequence[RunningNode], *, within_s: float = ASK_WITHIN_S) -> list[NodeStatus]:
         """In the order given. Never raises for a node that does not answer. Checkpoint."""
         found: dict[str, NodeStatus] = {}
+        said: dict[str, Mapping[str, str]] = {}
         async with trio.open_nursery() as nursery:
             for node in nodes:
-                nursery.start_soon(self._ask, node, within_s, found)
-        return with_lag([found[node.name] for node in nodes])
+                nursery.start_soon(self._ask, node, within_s, found, said)
+        return with_lag(with_membership([found[node.name] for node in nodes], said))
 
-    async def _ask(self, node: RunningNode, within_s: float, found: dict[str, NodeStatus]) -> None:
+    async def _ask(
+        self, node: RunningNode, within_s: float, found: dict[str, NodeStatus], said: dict[str, Mapping[str, str]]
+    ) -> None:
         try:
             with self._env.clock.fail_after(within_s):
                 info = await self._client.admin.broker_info(node.listen)
@@ -133,6 +187,7 @@ class StatusReader:
             found[node.name] = _down(node, str(error))
         else:
             found[node.name] = _from_runtime_info(node, info)
+            said[node.name] = info
 
 
 async def read_broker_status(env: Env, namesrv: str, nodes: Sequence[RunningNode]) -> list[NodeStatus]:
