@@ -1121,8 +1121,9 @@ class Driver:
         if not self._ends or self._ends[-1][1] != self.store.last_index:
             self._ends.append((now, self.store.last_index))
         is_ok = self.disk.verdict(is_unfit=self.retention.is_unfit)
-        if is_ok is not None:
-            self._inbox.append(DiskState(now, is_ok))
+        has_room = not self.disk.is_refusing
+        if is_ok is not None or has_room != self.core.has_room:
+            self._inbox.append(DiskState(now, self.disk.is_ok, has_room))
         if self._inbox or not self.disk.is_ok:
             self.pump()
 

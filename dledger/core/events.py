@@ -86,10 +86,13 @@ class PeerUp(msgspec.Struct, frozen=True):
 
 
 class DiskState(msgspec.Struct, frozen=True):
-    """Writes are failing or stalled (not `ok`), or work again. A node with a bad disk neither leads nor campaigns."""
+    """Writes are failing or stalled (not `ok`), or work again. A node with a bad disk neither leads nor campaigns. One
+    that has no room for clients' messages any more may, but prefers to hand over to one that has.
+    """
 
     now: float
     ok: bool
+    has_room: bool = True
 
 
 class ReadIndex(msgspec.Struct, frozen=True):

@@ -90,7 +90,7 @@ so a transfer to an unfit target leaves everybody in its role. After one electio
 
 *Preferred leaders*. A priority shortens a node's random delay before a campaign, and lets a leader that has led
 undisturbed for 30 s transfer to a voter of higher priority that is connected, near and has a working disk. It deposes
-nobody.
+nobody. In the same way a leader whose disk has no room for messages hands over to a voter that has.
 
 *Recovering*. With asynchronous flush a power loss can make a node forget what it acknowledged. Such a node is started
 as `recovering`: its votes count only if every voter grants (see `Ballot`), until a leader whose commit index lies in
@@ -214,6 +214,7 @@ class Raft:
         self.recovering = recovering
         self.failed: str | None = None
         self.is_disk_ok = True
+        self.has_room = True
 
         self.last_index = log.last_index
         self.last_term = log.last_term
@@ -342,7 +343,7 @@ class Raft:
                 case PeerUp():
                     self._peer_up(event.now, event.peer)
                 case DiskState():
-                    self._disk_state(event.now, event.ok)
+                    self._disk_state(event.now, event.ok, event.has_room)
                 case Transfer():
                     self._begin_transfer(event.now, event.target)
                 case ReadIndex():
@@ -629,8 +630,9 @@ class Raft:
         progress.change(PeerCause.CONNECTION)
         progress.next_index = progress.written + 1 if progress.written else self.last_index + 1
 
-    def _disk_state(self, now: float, ok: bool) -> None:
+    def _disk_state(self, now: float, ok: bool, has_room: bool) -> None:
         self.is_disk_ok = ok
+        self.has_room = has_room
         if ok:
             return
         if self.role is Role.LEADER:
@@ -951,7 +953,14 @@ class Raft:
         self._send(
             leader,
             AppendReply(
-                self.term, self._reply_seq, self._reply_ok, written, durable, hint_index, hint_term, self.is_disk_ok
+                self.term,
+                self._reply_seq,
+                self._reply_ok,
+                written,
+                durable,
+                hint_index,
+                hint_term,
+                self.is_disk_ok and self.has_room,
             ),
         )
 
@@ -1211,11 +1220,13 @@ class Raft:
             self._send(successor, TimeoutNow(self.term, self._rng.getrandbits(48) | 1))
 
     def _prefer_leader(self, now: float) -> None:
-        """Hand over to a preferred voter, when nothing speaks against it (raft.md 4.3): never a forced election."""
+        """Hand over to a preferred voter, when nothing speaks against it (raft.md 4.3): never a forced election. Where
+        this node's disk has no room for messages, whoever has room is preferred, and sooner."""
         priorities = self.config.priorities
-        if not priorities or self._transfer is not None or self._open_config:
+        if self._transfer is not None or self._open_config or (self.has_room and not priorities):
             return
-        if now - self._undisturbed_since < self.config.preferred_after:
+        wait = self.config.preferred_after if self.has_room else self.config.election_timeout_max
+        if now - self._undisturbed_since < wait:
             return
         fit = [
             progress
@@ -1225,7 +1236,7 @@ class Raft:
             and progress.state is PeerState.REPLICATE
             and self._is_near(progress)
         ]
-        target = preferred(fit, priorities, self.node_id)
+        target = preferred(fit, priorities, self.node_id) if self.has_room else best_successor(fit)
         if target is not None:
             self._begin_transfer(now, target)
 

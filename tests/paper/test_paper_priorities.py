@@ -3,6 +3,8 @@
 - A priority shortens the node's own jitter, and never brings it below the smallest timeout.
 - A leader that has led undisturbed for 30 s hands over to a voter of higher priority that is connected, level within
   1 MiB and has a working disk; never to another, and not again at once when it fails. Nobody is ever deposed.
+- A leader whose disk has no room for messages hands over, after a timeout, to a voter that has; where nobody has, it
+  leads on.
 - `AcceptLoss` ends a recovery that no leader can end.
 """
 
@@ -49,6 +51,26 @@ def test_4_3_the_most_preferred_of_those_that_are_fit() -> None:
     group["n2"].step(DiskState(group.now, True))
     group.run(32.0)
     assert group.leaders() == ["n2"]
+
+
+def test_4_12_a_leader_without_room_hands_over_to_a_voter_that_has_some() -> None:
+    group = led(RaftConfig())
+    group["n1"].step(DiskState(group.now, True, False))
+    group["n0"].step(DiskState(group.now, True, False))
+    group.run(1.0)
+    group.run(2.0)
+    assert group.leaders() == ["n2"]
+    group["n1"].step(DiskState(group.now, True, True))
+    group.run(60.0)
+    assert group.leaders() == ["n2"], "and it stays there"
+
+
+def test_4_12_where_nobody_has_room_the_leader_leads_on() -> None:
+    group = led(RaftConfig(priorities={"n2": 5}))
+    for node in ("n0", "n1", "n2"):
+        group[node].step(DiskState(group.now, True, False))
+    group.run(60.0)
+    assert group.leaders() == ["n0"] and group.raft("n0").term == 1
 
 
 def test_4_3_without_priorities_nobody_moves() -> None:
