@@ -32,6 +32,8 @@ REGISTER_TIMEOUT_S: Final = 3.0
 UNREGISTER_TIMEOUT_S: Final = 1.0
 RETRY_FIRST_S: Final = 0.1
 RETRY_LAST_S: Final = 2.0
+STRANGER_LOOK_S: Final = 1.0
+"""How often a node that is no member of its group looks whether it has become one."""
 SETTLE_S: Final = 0.002
 """Changes that come together are registered together."""
 KNOWN_WAIT_S: Final = 1.0
@@ -127,17 +129,37 @@ class Registration:
         while True:
             self._wanted[address] = wanted = trio.Event()
             waiting = [one for one in self._waiting if address in one.addresses]
-            registered = not self._stopping and await self._register(address)
+            is_member = self._is_member()
+            if is_member:
+                registered = not self._stopping and await self._register(address)
+            else:
+                registered = await self._sign_off(address)
             self._settled(address, waiting)
             if registered:
                 retry_s = RETRY_FIRST_S
-                wait_s = self._broker.config.register_interval_s
+                wait_s = self._broker.config.register_interval_s if is_member else STRANGER_LOOK_S
             else:
                 wait_s = retry_s
                 retry_s = min(RETRY_LAST_S, retry_s * 2)
             with clock.move_on_after(wait_s):
                 await wanted.wait()
                 await clock.sleep(SETTLE_S)
+
+    def _is_member(self) -> bool:
+        """False for a node that was removed from its raft group, or is not added yet: clients must not find it."""
+        group = self._broker.group
+        return not group.is_serving or group.node_id in group.members
+
+    async def _sign_off(self, address: str) -> bool:
+        """Out of one name server where it knows this node; whether there is nothing left to do."""
+        broker_id = self.registered_as.get(address)
+        if broker_id is None:
+            return True
+        if not await self._leave(address, broker_id):
+            return False
+        self.registered_as.pop(address, None)
+        self._broker.log.info("unregistered: no member of the raft group", namesrv=address)
+        return True
 
     def _broker_id(self) -> int:
         broker = self._broker
@@ -194,23 +216,24 @@ class Registration:
         """On a clean stop: out of every name server at once, a second at most. No more registrations afterwards."""
         self._stopping = True
         broker = self._broker
-        config = broker.config
-
-        async def leave(address: str, broker_id: int) -> None:
-            ext = {
-                "brokerName": config.broker_name,
-                "brokerAddr": broker.address,
-                "clusterName": config.cluster,
-                "brokerId": str(broker_id),
-            }
-            command = Command(code=RequestCode.UNREGISTER_BROKER, opaque=0, version=VERSION, ext=ext)
-            try:
-                await self._client.invoke(address, command, UNREGISTER_TIMEOUT_S)
-            except RemotingError as error:
-                broker.log.info("not unregistered", namesrv=address, reason=str(error))
-
         with broker.env.clock.move_on_after(UNREGISTER_TIMEOUT_S):
             async with trio.open_nursery() as nursery:
                 for address, broker_id in list(self.registered_as.items()):
-                    nursery.start_soon(leave, address, broker_id)
+                    nursery.start_soon(self._leave, address, broker_id)
         self.registered_as.clear()
+
+    async def _leave(self, address: str, broker_id: int) -> bool:
+        broker = self._broker
+        ext = {
+            "brokerName": broker.config.broker_name,
+            "brokerAddr": broker.address,
+            "clusterName": broker.config.cluster,
+            "brokerId": str(broker_id),
+        }
+        command = Command(code=RequestCode.UNREGISTER_BROKER, opaque=0, version=VERSION, ext=ext)
+        try:
+            await self._client.invoke(address, command, UNREGISTER_TIMEOUT_S)
+        except RemotingError as error:
+            broker.log.info("not unregistered", namesrv=address, reason=str(error))
+            return False
+        return True

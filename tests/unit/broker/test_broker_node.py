@@ -14,6 +14,8 @@ from broker.config import BrokerConfig
 from broker.errors import NodeStopped, StartupError
 from broker.node import BrokerNode
 from broker.tables import InvariantBroken
+from dledger.errors import LedgerError
+from dledger.group import AddLearner, Promote, RaftGroup, Remove
 from namesrv.config import NamesrvConfig
 from namesrv.server import NameServer
 from remoting.bodies import ClusterInfo, decode_body
@@ -191,6 +193,16 @@ async def test_a_stop_hands_leadership_over_first(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- name servers
 
 
+async def promoted(group: RaftGroup, node_id: str) -> None:
+    with trio.fail_after(5):
+        while True:
+            try:
+                await group.change_members(Promote(node_id))
+                return
+            except LedgerError:  # it has not caught up
+                await trio.sleep(0.02)
+
+
 async def test_exactly_one_node_is_registered_as_leader(tmp_path: Path) -> None:
     env = test_env(tmp_path)
     async with trio.open_nursery() as outer:
@@ -227,6 +239,16 @@ async def test_exactly_one_node_is_registered_as_leader(tmp_path: Path) -> None:
                 ext = {"topic": f"Made{number}", "readQueueNums": 2, "writeQueueNums": 2, "perm": 6}
                 await client.call(cluster.address(leader), RequestCode.UPDATE_AND_CREATE_TOPIC, ext)
                 assert (await client.invoke(namesrv, client.request(105, {"topic": f"Made{number}"}), 3)).code == 0
+            # Who is removed from the group is found no more, though it runs.
+            gone = next(node_id for node_id in cluster.nodes if node_id != leader)
+            await cluster.nodes[leader].group.change_members(Remove(gone))
+            expected = expected_of(leader)
+            assert expected.pop(cluster.configs[gone].broker_id + 1) == cluster.address(gone)
+            assert await registered(expected)
+            peer = cluster.configs[gone].group.peers[gone]
+            await cluster.nodes[leader].group.change_members(AddLearner(gone, peer))
+            assert await registered(expected_of(leader))
+            await promoted(cluster.nodes[leader].group, gone)
             await cluster.kill(leader)
             second = await cluster.leader()
             assert await registered(expected_of(second))
