@@ -668,14 +668,22 @@ class RaftGroup:
         driver = self._driver
         if driver is None or physical_offset < 0 or physical_offset + nbytes > driver.committed_position:
             return None
-        return driver.store.read(physical_offset, nbytes)
+        try:
+            return driver.store.read(physical_offset, nbytes)
+        except LogDamaged as error:
+            driver.damaged(error)  # the group mends itself; whoever reads is not to end for it
+            return None
 
     def read_cached(self, physical_offset: int, nbytes: int) -> bytes | None:
         """A copy, where the page cache has the bytes; None also where `read` has none. Never waits for the disk."""
         driver = self._driver
         if driver is None or physical_offset < 0 or physical_offset + nbytes > driver.committed_position:
             return None
-        return driver.store.read_cached(physical_offset, nbytes)
+        try:
+            return driver.store.read_cached(physical_offset, nbytes)
+        except LogDamaged as error:
+            driver.damaged(error)  # the group mends itself; whoever reads is not to end for it
+            return None
 
     async def read_cold(self, physical_offset: int, nbytes: int) -> bytes | None:
         """As `read`, in a thread: for bytes that may have to come from the disk. Checkpoint."""
@@ -683,7 +691,11 @@ class RaftGroup:
         if driver is None or physical_offset < 0 or physical_offset + nbytes > driver.committed_position:
             await trio.lowlevel.checkpoint()
             return None
-        return await driver.store.read_in_thread(physical_offset, nbytes)
+        try:
+            return await driver.store.read_in_thread(physical_offset, nbytes)
+        except LogDamaged as error:
+            driver.damaged(error)  # the group mends itself; whoever reads is not to end for it
+            return None
 
     def is_hot(self, physical_offset: int) -> bool:
         """Whether `read` there is sure to find the bytes in memory."""
