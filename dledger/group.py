@@ -33,6 +33,7 @@ from dledger.open_batch import OpenBatch
 from dledger.peers import Peers
 from dledger.repair import Deaf, Mended, RepairPhase
 from dledger.store.checkpoint import Checkpoint, drop_checkpoints, read_checkpoint, write_checkpoint
+from dledger.store.failure import has_failed
 from dledger.store.faults import EntryDamaged, refuse_faults
 from dledger.store.format import FORMAT_FILE, LOG_FOLDER, ROWS_FOLDER, Format, check_format, read_format, write_format
 from dledger.store.log_store import LogStore, format_folder, is_blank
@@ -187,6 +188,9 @@ class RaftGroup:
         env, folder = self._env, self.config.data_dir
         self._installer = None
         await env.run_in_thread(complete_install, env.files, folder)
+        if self.config.flush == "async" and has_failed(env.files, folder):
+            # It acknowledged from the page cache, which the recovery drops: as after a power loss.
+            await meta.save_recovering(True)
         options = StoreOptions(
             warm=self.config.warm,
             mlock=self.config.mlock,

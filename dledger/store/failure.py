@@ -20,9 +20,14 @@ def mark_failed(files: Files, folder: str, text: str) -> None:
         return
 
 
+def has_failed(files: Files, folder: str) -> bool:
+    """Whether the mark is there: what was written to the log lately may be gone."""
+    return files.exists(f"{folder}/{FAILED_FILE}")
+
+
 def forget_cached_pages(files: Files, folder: str) -> None:
     """Where the mark is: have every file of the log read from the disk. Blocks; before a recovery."""
-    if not files.exists(f"{folder}/{FAILED_FILE}"):
+    if not has_failed(files, folder):
         return
     paths = [f"{folder}/{sub}/{name}" for sub in (LOG_FOLDER, ROWS_FOLDER) for name in files.listdir(f"{folder}/{sub}")]
     for path in [*paths, f"{folder}/{META_FILE}"]:

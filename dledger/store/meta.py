@@ -132,6 +132,9 @@ class MetaFile:
         self._identity = identity
         self._wanted = meta
         self._saved = meta
+        # What was read may be in the page cache alone: written by a process that died before its sync, or whose sync
+        # failed (and a second sync of clean pages brings nothing to the disk). So the first save always writes.
+        self._is_synced = False
         self._lock = trio.Lock()
 
     @classmethod
@@ -162,7 +165,7 @@ class MetaFile:
 
     @property
     def saved(self) -> Meta:
-        """What is on stable storage."""
+        """What is on stable storage; before the first save of this process, what was read."""
         return self._saved
 
     @property
@@ -199,7 +202,7 @@ class MetaFile:
     async def _save(self) -> None:
         async with self._lock:
             latest = evolve(self._wanted, sequence=self._saved.sequence)
-            if latest == self._saved:
+            if latest == self._saved and self._is_synced:
                 return  # whoever held the lock before us took our values along
             latest = evolve(latest, sequence=latest.sequence + 1)
             try:
@@ -210,6 +213,7 @@ class MetaFile:
             except OSError as error:
                 raise StoreFailed(f"writing term and vote to {self._file.path} failed: {error}") from error
             self._saved = latest
+            self._is_synced = True
 
     def close(self) -> None:
         self._file.close()

@@ -1,0 +1,90 @@
+"""A node that may have forgotten what it acknowledged, or voted, says so; whatever was under way when it opened its log
+anew."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from dledger.errors import StoreFailed
+from dledger.store.format import Format
+from dledger.store.meta import MetaFile, format_meta
+from runtime.files import RealFile
+from runtime.testing import wait_until
+from tests.unit.dledger.dledger_toy import Node, ToyCluster, toy_env
+from tests.unit.dledger.store.crash_files import CrashFiles, PowerLoss
+
+IDENTITY = Format(cluster="c", cluster_uuid="cu", group="g", group_uuid="gu", node_id="n0", segment_bytes=65_536)
+
+
+@asynccontextmanager
+async def cluster(tmp_path: Path, size: int = 3, **settings: Any) -> AsyncIterator[ToyCluster]:
+    async with trio.open_nursery() as nursery:
+        toy = ToyCluster(toy_env(tmp_path), tmp_path, nursery, size, **settings)
+        await toy.start()
+        yield toy
+        nursery.cancel_scope.cancel()
+
+
+async def a_follower(toy: ToyCluster) -> Node:
+    leader = await toy.leader()
+    return next(node for node in toy.alive() if node is not leader)
+
+
+async def test_node_whose_sync_failed_recovers_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Async flush: it acknowledged from the page cache, and the next start drops that."""
+    async with cluster(tmp_path) as toy:
+        await toy.put(b"one")
+        node = await a_follower(toy)
+        toy.is_error_expected = True
+        sync, broken_folder = RealFile.sync, [str(node.folder)]
+
+        async def broken(file: RealFile) -> None:
+            if any(file.path.startswith(folder) and "/log/" in file.path for folder in broken_folder):
+                raise OSError(errno.EIO, "Input/output error")
+            await sync(file)
+
+        monkeypatch.setattr(RealFile, "sync", broken)
+        await toy.put(b"two")
+        await node.ended.wait()
+        assert isinstance(node.error, StoreFailed)
+        broken_folder.clear()
+        others = [other for other in toy.alive() if other is not node]
+        for other in others:
+            await other.kill()
+        await node.start()
+        assert node.running.statistics().recovering
+        await node.kill()
+        await node.start()
+        assert node.running.statistics().recovering, "the second start sees no mark any more, and still knows"
+        for other in others:
+            await other.start()
+        await toy.put(b"three")
+        await wait_until(lambda: not node.running.statistics().recovering, what="the leader's confirmation")
+
+
+async def test_vote_found_in_the_page_cache_is_on_the_disk_before_it_counts() -> None:
+    """The process died between writing its vote and syncing it; then the power goes, too."""
+    files = CrashFiles()
+    files.make_dirs("/raft")
+    format_meta(files, "/raft", IDENTITY)
+    files.sync_dir("/raft")
+    files.sync_dir("/")
+    meta = MetaFile.open(files, "/raft", IDENTITY)
+    await meta.save_started(b"boot")
+    files.operations_left = 2  # both slots, and not the sync
+    with pytest.raises(PowerLoss):
+        await meta.save_hard_state(5, "n1")
+    files.operations_left = None
+    again = MetaFile.open(files, "/raft", IDENTITY)
+    assert (again.saved.term, again.saved.vote) == (5, "n1")
+    await again.save_started(b"boot")  # from here on the vote is repeated to whoever asks
+    files.lose_power(False)
+    after = MetaFile.open(files, "/raft", IDENTITY).saved
+    assert (after.term, after.vote) == (5, "n1")
