@@ -431,6 +431,8 @@ class LogStore(LogReader):
                 bases = [segment.base for segment in removed]
                 await self._env.run_in_thread(remove_segments, self._env.files, self._folder, bases)
             except OSError as error:
+                if error.errno in DISK_FULL and self._segments[0].first_index <= last:
+                    return  # not even the record of what was before fits; nothing has changed, a later trim may do
                 raise StoreFailed(f"trimming the log in {self._folder} failed: {error}") from error
             for segment in removed:
                 segment.retire()
