@@ -267,6 +267,14 @@ def is_node_blank(files: Files, folder: str) -> bool:
     return not files.exists(f"{folder}/raft/format.json")
 
 
+def lost_folders(files: Files, group: GroupSection, folders: Mapping[str, str]) -> list[str]:
+    """Folders of founders of a formatted group that hold no log, where they are so many that the rest cannot fill them:
+    what is gone may be all there was. Else none. `folders` has each node's that is to run, by its id."""
+    blank = [name for name in folders if is_node_blank(files, folders[name])]
+    empty = [folders[founder.name] for founder in group.founders if founder.name in blank]
+    return empty if len(empty) >= len(folders) - len(blank) else []
+
+
 def _group_identity(
     env: Env, group: GroupSection, folders: Mapping[str, str], known: GroupIdentity | None
 ) -> GroupIdentity:
@@ -279,10 +287,8 @@ def _group_identity(
             f"{', '.join(founders)}; put them back, or choose another folder with --data DIR"
         )
     if known.is_formatted:
-        blank = [name for name in folders if is_node_blank(env.files, folders[name])]
-        empty = [folders[name] for name in founders if name in blank]
-        if empty and len(empty) >= len(folders) - len(blank):
-            # A blank node is filled by the others; but most of a group cannot be, and may be all there was.
+        empty = lost_folders(env.files, group, folders)
+        if empty:
             raise UpRefused(
                 f"raft group {group.name}: {' and '.join(empty)} {'is' if len(empty) == 1 else 'are'} empty, though "
                 "the group was formatted, and the rest is no majority; put the data back, or start afresh in another "

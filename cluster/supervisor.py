@@ -27,6 +27,7 @@ from cluster.layout import (
     UpState,
     is_node_blank,
     lock_data,
+    lost_folders,
     prepare,
     write_identity,
     write_up_state,
@@ -65,7 +66,7 @@ class Event:
 
     at_ms: int
     kind: str
-    """started, ready, killed, exited, restarting, leader, no_leader, all_ready, stopping, stopped."""
+    """started, ready, blank, refused, killed, exited, restarting, leader, no_leader, all_ready, stopping, stopped."""
     node: str | None
     text: str
 
@@ -84,6 +85,8 @@ class _Slot:
     stderr_bytes: int = 0
     """Size of its stderr file when the present process started."""
     is_restart_asked: bool = False
+    refusal: str | None = None
+    """Why it is not started, where it could be."""
     wake: trio.Event = field(factory=trio.Event)
     """Set to end a pause early: somebody asked for a restart."""
     ready: trio.Event = field(factory=trio.Event)
@@ -262,6 +265,9 @@ class Supervisor:
     async def _keep(self, slot: _Slot) -> None:
         """Start a node, and start it again for as long as that is wanted."""
         while True:
+            await self._wait_startable(slot)
+            if self._is_stopping:
+                return
             code = await self._run_once(slot)
             self._settle_leadership(slot)
             if self._is_stopping:
@@ -291,6 +297,34 @@ class Supervisor:
             slot.is_restart_asked = False
             slot.restarts += 1
             self._tell("restarting", slot.node.name, f"{slot.node.name} starts again")
+
+    async def _wait_startable(self, slot: _Slot) -> None:
+        """Until nothing speaks against starting a node, or the cluster stops."""
+        while not self._is_stopping:
+            reason = self._why_not(slot.node)
+            if reason is not None and reason != slot.refusal:
+                self._tell("refused", slot.node.name, reason)
+            slot.refusal = reason
+            if reason is None:
+                return
+            slot.wake = trio.Event()
+            with self._env.clock.move_on_after(RESTART_AFTER_FAILED_STARTS_S):
+                await slot.wake.wait()
+
+    def _why_not(self, node: Node) -> str | None:
+        """A node whose folder was lost is filled by the others; but most of a group cannot be."""
+        files, layout = self._env.files, self.layout
+        if node.group is None or node.group in self._unformatted or not is_node_blank(files, layout.node(node.name)):
+            return None
+        group = self.config.group(node.group)
+        folders = {each.id: layout.node(each.name) for each in self.config.nodes() if each.group == node.group}
+        lost = lost_folders(files, group, folders)
+        if not lost:
+            return None
+        return (
+            f"{node.name} is not started: {' and '.join(lost)} {'is' if len(lost) == 1 else 'are'} empty, and the rest "
+            f"of {group.name} is no majority; put the data back"
+        )
 
     async def _run_once(self, slot: _Slot) -> int:
         slot.ready = trio.Event()
@@ -414,6 +448,9 @@ class Supervisor:
         slot = self._slots.get(str(request.get("node")))
         if slot is None:
             return {"error": f"no node {request.get('node')!r}"}
+        reason = self._why_not(slot.node) if slot.child is None else None
+        if reason is not None:
+            return {"error": reason}
         before = slot.child.pid if slot.child is not None else None
         slot.is_restart_asked = slot.child is not None
         slot.failed_starts = 0
@@ -424,9 +461,12 @@ class Supervisor:
         with self._env.clock.move_on_after(READY_WITHIN_S):
             while slot.ready is ended_ready:
                 await self._env.clock.sleep(0.01)
-            await slot.ready.wait()
-            assert slot.child is not None
-            return {"node": slot.node.name, "pid": slot.child.pid, "pid_before": before}
+            begun = slot.ready
+            while not begun.is_set() and slot.ready is begun and slot.failed_starts == 0:
+                await self._env.clock.sleep(0.01)
+            if slot.child is not None and begun.is_set():
+                return {"node": slot.node.name, "pid": slot.child.pid, "pid_before": before}
+            return {"error": f"{slot.node.name} ended before it was ready\n{self._log_tail(slot.node.name)}"}
         return {
             "error": f"{slot.node.name} not ready again within {READY_WITHIN_S:.0f} s\n{self._log_tail(slot.node.name)}"
         }

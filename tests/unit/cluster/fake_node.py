@@ -35,7 +35,7 @@ def main() -> None:
     parent = os.getppid()
     while os.getppid() == parent:
         leader = (data / "leader").read_text()
-        if leader != told and not name.startswith("ns"):
+        if leader and leader != told and not name.startswith("ns"):
             told = leader
             who, term = leader.split()
             role = "leader" if who == name else "follower"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import sys
@@ -14,8 +15,8 @@ import pytest
 import trio
 from attrs import evolve
 
-from cluster.config import ClusterConfig, default_text, parse
-from cluster.layout import Layout, UpRefused, lock_data, prepare, read_identity, read_up_state
+from cluster.config import ClusterConfig, NodeSection, default_text, parse
+from cluster.layout import Layout, UpRefused, lock_data, prepare, read_identity, read_up_state, write_identity
 from cluster.supervisor import Event, StartFailed, Supervisor
 from runtime.local_socket import ask_local
 from runtime.model import Env
@@ -152,6 +153,9 @@ async def test_without_restarts_dead_stays_dead_until_asked(env: Env, tmp_path: 
         assert reply["pid_before"] == before
         assert reply["pid"] == pids(supervisor)["n2"] != before
         assert "error" in await ask_local(supervisor.state().control, {"do": "restart", "node": "n9"}, timeout_s=10)
+        (tmp_path / "n2.exit").write_text("its disk is gone 1")
+        reply = await ask_local(supervisor.state().control, {"do": "restart", "node": "n2"}, timeout_s=10)
+        assert "n2 ended before it was ready" in reply["error"] and "its disk is gone" in reply["error"]
         assert "error" in await ask_local(supervisor.state().control, {"do": "dance"}, timeout_s=10)
 
 
@@ -241,6 +245,53 @@ async def test_a_formatted_group_that_lost_most_of_its_folders_is_refused(env: E
     message = await refusal(env, await free_config(env), tmp_path)
     assert f"{tmp_path}/n1 and {tmp_path}/n2 are empty" in message
     assert "no majority" in message
+
+
+async def test_nodes_that_lost_most_of_a_running_group_are_not_started_until_the_data_is_back(
+    env: Env, tmp_path: Path
+) -> None:
+    events: list[Event] = []
+    async with running(env, tmp_path, events) as supervisor:
+        before = pids(supervisor)
+        for name in ("n1", "n2"):
+            lose_log(tmp_path, name)
+            pid = before[name]
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+        await wait_until(lambda: [event.kind for event in events].count("refused") == 2, limit=5, what="two refusals")
+        told = [event.text for event in events if event.kind == "refused"]
+        assert all(f"{tmp_path}/n1 and {tmp_path}/n2 are empty" in text for text in told)
+        answer = await ask_local(supervisor.state().control, {"do": "restart", "node": "n1"}, timeout_s=10)
+        assert "n1 is not started" in answer["error"]
+        (tmp_path / "n2" / "raft" / "format.json").touch()
+        answer = await ask_local(supervisor.state().control, {"do": "restart", "node": "n1"}, timeout_s=10)
+        assert answer["pid"] == pids(supervisor)["n1"] != before["n1"]
+    assert "--join" in (tmp_path / "n1.starts").read_text().splitlines()[-1]
+    assert not [event for event in events if event.kind == "exited"]
+
+
+async def test_a_joined_node_with_data_counts_and_a_removed_founder_is_not_missed(env: Env, tmp_path: Path) -> None:
+    layout = Layout(str(tmp_path))
+    config = await free_config(env)
+    first, second, third = config.groups[0].nodes
+    joined = evolve(third, name="n3", join=True, listen=third.listen.at(9), peer=third.peer.at(10))
+
+    def with_nodes(*nodes: NodeSection) -> ClusterConfig:
+        return evolve(config, groups=(evolve(config.groups[0], nodes=nodes),))
+
+    write_identity(env.files, layout, prepare(env, layout, config).formatted())
+    for name in ("n1", "n2", "n3"):
+        (tmp_path / name / "raft").mkdir(parents=True)
+        (tmp_path / name / "raft" / "format.json").touch()
+    gone = evolve(first, removed=True)
+    with_removed = with_nodes(gone, second, third, joined)
+    assert [node.name for node in with_removed.nodes()] == ["ns0", "n1", "n2", "n3"]
+    prepare(env, layout, with_removed)
+    lose_log(tmp_path, "n1")
+    prepare(env, layout, with_removed)
+    lose_log(tmp_path, "n3")
+    with pytest.raises(UpRefused, match="n1 is empty"):
+        prepare(env, layout, with_removed)
 
 
 async def test_members_of_a_formatted_group_stay(env: Env, tmp_path: Path) -> None:
