@@ -16,6 +16,7 @@ WIDE = frozenset({"Exception", "BaseException"})
 # Functions that catch whatever there is on purpose, by name, with the reason.
 WIDE_ON_PURPOSE = {
     "background_nursery": "raises it later, without the group that its nursery would put around it",
+    "keep_running": "judges whatever a simulated node ends with",
     "run_handler": "calls the user's code, and decides the message's fate whatever that raised",
 }
 

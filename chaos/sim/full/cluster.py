@@ -16,9 +16,10 @@ import cbor2
 import trio
 from attrs import define
 
+import quorate
 from broker.config import BrokerConfig
 from broker.node import BrokerNode
-from broker.records import UNIT
+from broker.records import UNIT, decode_record
 from chaos.sim.full.groups import check_logs_equal, holds_everything
 from chaos.sim.full.machine import Process
 from chaos.sim.full.world import Broken, World
@@ -30,8 +31,6 @@ from namesrv.server import NameServer
 from quorate.client import Client, background_nursery
 from quorate.errors import NoRoute, PullFailed, RequestRefused, SendFailed, SendRefused, Unavailable
 from quorate.pull import PullConsumer
-from remoting.message import Message, MessageQueue
-from remoting.message_codec import decode_stored_many
 
 NAMESRV_PORT: Final = 9876
 BROKER_PORT: Final = 10_911
@@ -130,7 +129,7 @@ class ClusterSubject:
         self._is_busy = False
         self._open_sends = 0
         self._is_final = False
-        self._marks: dict[MessageQueue, int] = {}
+        self._marks: dict[quorate.MessageQueue, int] = {}
 
     def _host(self, name: str) -> str:
         return self._world.machines[name].host
@@ -273,7 +272,7 @@ class ClusterSubject:
         bodies = [b"%012d" % sent.number + b"." * rng.randrange(self._plan.record_bytes_max) for sent in sends]
         try:
             if sends[0].kind == "batch":
-                batch = [Message(topic=TOPIC, body=body) for body in bodies]
+                batch = [quorate.Message(topic=TOPIC, body=body) for body in bodies]
                 receipt = await client.send_batch(TOPIC, batch, timeout=SEND_SECONDS)
             elif sends[0].kind == "delayed":
                 receipt = await client.send(TOPIC, bodies[0], delay_level=1, timeout=SEND_SECONDS)
@@ -313,8 +312,8 @@ class ClusterSubject:
         before a message that was acknowledged before the question."""
         clock = process.env.clock
         kept = self._marks
-        tried: dict[MessageQueue, int] = {}
-        late: dict[MessageQueue, list[int]] = {}
+        tried: dict[quorate.MessageQueue, int] = {}
+        late: dict[quorate.MessageQueue, list[int]] = {}
         """Updates without an answer, or with one to a second attempt: a copy may still be carried out, even after
         later ones."""
         while True:
@@ -443,7 +442,7 @@ class ClusterSubject:
                 record = group.read(position, size)
                 if record is None:
                     raise Broken(f"{name} cannot read {size} bytes at {position}, for {queue_id}/{number}")
-                (message,) = decode_stored_many(bytes(record))
+                message = decode_record(record)
                 if (message.queue_id, message.queue_offset) != (queue_id, number):
                     raise Broken(f"{name} has {message.queue_id}/{message.queue_offset} at {queue_id}/{number}")
                 operation = number_in(message.body)

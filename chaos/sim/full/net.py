@@ -481,11 +481,13 @@ class SimNet:
             if self._process.is_dead:
                 raise Dead
             stream = network.connect(self._process, host, listener)
+            is_heard = False
             try:
                 await machine.delay(network.link(host, here).draw())
-            except trio.Cancelled:
-                stream.abort()
-                raise
+                is_heard = True
+            finally:
+                if not is_heard:
+                    stream.abort()
             return stream
         raise AssertionError("unreachable")
 
