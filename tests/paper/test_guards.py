@@ -1,0 +1,193 @@
+"""Guards of the core that no other test would miss: each was found by taking it away (tests/mutants.toml)."""
+
+from __future__ import annotations
+
+from dledger.core import effects as fx
+from dledger.core import messages as msg
+from dledger.core.config import RaftConfig
+from dledger.core.events import Durable, HardStateSaved, TurnEnd
+from dledger.core.log import MemoryLog
+from dledger.core.types import HardState, Role
+from tests.paper.harness import Group, make_log
+
+
+def empty_append(log: MemoryLog, *, term: int, commit: int = 0, seq: int = 1) -> msg.Append:
+    crc = log.head_crc_at(log.last_index)
+    assert crc is not None
+    return msg.Append(term, log.last_index, log.last_term, crc, commit, seq)
+
+
+# Terms and votes
+
+
+def test_5_1_a_vote_in_a_term_adopted_before_is_saved() -> None:
+    """The term is on stable storage already; the vote is not."""
+    group = Group(hard_states={"n1": HardState(4, None)})
+    group["n1"].receive("n0", msg.Vote(4, 9, 3))
+    assert group["n1"].saved == HardState(4, "n0")
+    group["n1"].boot()
+    group["n1"].receive("n2", msg.Vote(4, 9, 3))
+    assert group.wire[-1] == ("n1", "n2", msg.VoteReply(4, False))
+
+
+def test_5_1_a_candidate_adopts_the_higher_term_of_a_voter() -> None:
+    group = Group()
+    group.tick("n0")
+    group["n0"].receive("n1", msg.PreVoteReply(0, 1, True))
+    assert group.raft("n0").role is Role.CANDIDATE
+    group["n0"].receive("n2", msg.VoteReply(9, False))
+    assert group.raft("n0").role is Role.FOLLOWER and group.raft("n0").term == 9
+
+
+def test_4_2_a_save_of_an_older_vote_releases_nothing() -> None:
+    group = Group()
+    member = group["n1"]
+    member.saves = False
+    member.receive("n0", msg.Vote(4, 0, 0))
+    member.receive("n2", msg.Vote(5, 0, 0))
+    member.step(HardStateSaved(group.now, 4, "n0"))
+    assert group.wire == []
+    member.step(HardStateSaved(group.now, 5, "n2"))
+    assert group.wire == [("n1", "n2", msg.VoteReply(5, True))]
+
+
+# Recovering
+
+
+def test_4_2_a_recovering_voter_says_so() -> None:
+    group = Group()
+    group["n1"].boot(recovering=True)
+    group["n1"].receive("n0", msg.PreVote(1, 0, 0))
+    group["n1"].receive("n0", msg.Vote(1, 0, 0))
+    assert [message for _, _, message in group.wire] == [
+        msg.PreVoteReply(0, 1, True, recovering=True),
+        msg.VoteReply(1, True, recovering=True),
+    ]
+
+
+def test_4_2_a_recovering_node_does_not_take_over() -> None:
+    log = make_log(1, 1)
+    group = Group(logs={"n1": log})
+    group["n1"].boot(recovering=True)
+    group["n1"].receive("n0", empty_append(log, term=2))
+    group.take()
+    group["n1"].receive("n0", msg.TimeoutNow(2, 7))
+    assert group.raft("n1").role is Role.FOLLOWER and group.wire == []
+
+
+def test_4_2_a_recovery_waits_for_everything_the_leader_has_committed() -> None:
+    """What lies between may be what the power loss took, and what this node acknowledged."""
+    log = make_log(1, 2)
+    group = Group(logs={"n1": log})
+    member = group["n1"]
+    member.boot(recovering=True)
+    member.receive("n0", empty_append(log, term=2, commit=3))
+    assert member.raft.commit_index == 2 and member.raft.recovering
+    theirs = make_log(1, 2, 2)
+    member.receive("n0", msg.Append(2, 2, 2, member.raft.last_crc, 3, 2, tuple(theirs.entries(3, 1 << 20))))
+    assert not member.raft.recovering
+
+
+# Replication
+
+
+def test_4_4_a_follower_reports_only_what_this_leader_has_vouched_for() -> None:
+    """rabbitmq/ra#508: its own tail may be another one."""
+    theirs = make_log(1, 3)
+    group = Group(logs={"n1": make_log(1, 2, 2, 2)})
+    crc = theirs.head_crc_at(1)
+    assert crc is not None
+    group["n1"].receive("n0", msg.Append(3, 1, 1, crc, 0, 1))
+    ((_, _, answer),) = group.take()
+    assert answer == msg.AppendReply(3, 1, True, 1, 1)
+
+
+def test_4_3_answers_that_pass_each_other_count_in_the_order_of_the_questions() -> None:
+    group = Group()
+    group.elect("n0")
+    progress = group.raft("n0").progress["n1"]
+    for _ in range(2):
+        group["n0"].propose()
+    older = progress.seq
+    group["n0"].propose()
+    newer = progress.seq
+    group.take()
+    group["n0"].receive("n1", msg.AppendReply(1, newer, True, 4, 4))
+    group["n0"].receive("n1", msg.AppendReply(1, older, False, 0, 0, 1, 1))
+    assert progress.written == 4 and progress.reply_seq == newer
+
+
+def test_4_2_what_a_peer_lost_with_its_power_counts_no_more() -> None:
+    """Behind a new connection it may end earlier than what it reported: three replicas, of which two remember."""
+    group = Group()
+    group.elect("n0")
+    group.isolate("n2")
+    group["n0"].writes = False
+    index = group["n0"].propose()
+    group.settle()
+    progress = group.raft("n0").progress["n1"]
+    assert progress.written == index
+    group.lose("n0", "n1", hard=True)
+    group.connect("n0", "n1")
+    group.take()
+    group["n0"].receive("n1", msg.AppendReply(1, progress.seq, False, 0, 0, 1, 1))
+    assert progress.written == progress.durable == 1
+    group["n0"].complete_writes()
+    assert group.raft("n0").commit_index < index, "one of three has it"
+
+
+def test_2_5_e_a_leader_commits_nothing_that_it_has_not_written() -> None:
+    group = Group()
+    group.elect("n0")
+    group["n0"].writes = False
+    index = group["n0"].propose()
+    group.settle()
+    assert group.raft("n0").commit_index == index - 1
+    group["n0"].complete_writes()
+    assert group.raft("n0").commit_index == index
+
+
+def test_4_2_a_follower_with_sync_flush_answers_by_its_durable_mark() -> None:
+    group = Group(config=RaftConfig(sync=True))
+    member = group["n1"]
+    member.syncs = False
+    theirs = make_log(1)
+    member.receive("n0", msg.Append(1, 0, 0, 0, 0, 1, tuple(theirs.entries(1, 1 << 20))))
+    assert all(message.durable == 0 for _, _, message in group.take() if isinstance(message, msg.AppendReply))
+    member.step(Durable(group.now, 1, 1))
+    member.step(TurnEnd(group.now))
+    ((_, _, answer),) = group.take()
+    assert answer == msg.AppendReply(1, 1, True, 1, 1)
+
+
+# Reads, segments
+
+
+def test_4_8_reads_that_wait_are_bounded() -> None:
+    group = Group(config=RaftConfig(reads_waiting_max=3))
+    group.elect("n0")
+    group.isolate("n0")
+    for token in range(4):
+        group["n0"].read(token)
+    assert group["n0"].answers == [(3, "too many reads wait for a confirmation")]
+
+
+def test_4_7_segments_that_end_too_early_have_not_reached_the_entries() -> None:
+    log = make_log(*(1,) * 20)
+    log.trim(10)
+    group = Group(logs={"n0": log, "n1": make_log(*(1,) * 20)})
+    group.elect("n0")
+    group.take()
+    progress = group.raft("n0").progress["n2"]
+    assert progress.segments_until == 11
+    group["n0"].receive("n2", msg.AppendReply(1 + 1, progress.seq, False, 0, 0, 9, 1))
+    assert progress.next_index == 11
+    assert not [message for _, peer, message in group.take() if peer == "n2" and isinstance(message, msg.Append)]
+
+
+def test_4_2_3_an_answer_of_a_node_that_is_no_member_deposes_nobody() -> None:
+    group = Group()
+    group.elect("n0")
+    group["n0"].receive("n9", msg.AppendReply(9, 0, False, 0, 0))
+    assert group.raft("n0").role is Role.LEADER and group.raft("n0").term == 1
+    assert group["n0"].did(fx.Fatal) == []

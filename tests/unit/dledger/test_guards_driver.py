@@ -1,0 +1,319 @@
+"""Guards of the driver and its parts that no other test names: each was found by taking it away
+(tests/mutants.toml)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import trio
+
+from dledger.config import GroupConfig
+from dledger.core import effects as fx
+from dledger.core.events import Event, Propose
+from dledger.core.types import HEADER_BYTES, Entry, EntryType, frame_entry
+from dledger.disk_watch import Usage
+from dledger.driver import Driver, Replay, Staged
+from dledger.errors import DiskFull, NotLeader, Overloaded
+from dledger.feed import LogFeed
+from dledger.open_batch import BATCH_BYTES_MAX, BATCH_RECORDS_MAX, OpenBatch
+from dledger.retention import Retention, encode_trim
+from dledger.store.log_store import LogStore
+from dledger.store.manifest import SegmentInfo
+from runtime.logs import get_logger
+from runtime.testing import wait_until
+from tests.unit.dledger.dledger_toy import Node, ToyMachine
+from tests.unit.dledger.test_driver import cluster, driver_of
+from tests.unit.dledger.test_driver_parts import OldLog
+
+SEGMENT = 65_536
+
+
+async def alone(toy: Any) -> tuple[Node, Driver]:
+    leader = await toy.leader()
+    return leader, driver_of(leader)
+
+
+def data_entry(index: int) -> Entry:
+    return frame_entry(index, 1, 0, EntryType.DATA, 1, [b"x" * 32], 0, 0)
+
+
+def trim_entry(index: int, position: int) -> Entry:
+    body = encode_trim(position, is_forced=False)
+    return frame_entry(index, 1, 10 * SEGMENT, EntryType.TRIM, 0, [body], 0, 0)
+
+
+# What became of a proposal
+
+
+async def test_a_refused_proposal_is_discarded_and_the_next_one_is_taken(tmp_path: Path) -> None:
+    async with cluster(tmp_path, 1) as toy:
+        leader, driver = await alone(toy)
+        step = driver.core.step
+
+        def refusing(event: Event) -> list[fx.Effect]:
+            return [fx.Refused(event.entries, "a test says so")] if type(event) is Propose else step(event)
+
+        driver.core.step = refusing  # type: ignore[method-assign]
+        outcomes: list[str] = []
+        leader.machine.put(leader.running, b"refused", outcomes.append)
+        driver.pump()
+        assert outcomes == ["discarded"] and leader.machine.pending == []
+        driver.core.step = step  # type: ignore[method-assign]
+        await toy.put(b"taken")
+        assert [record.rstrip(b".") for record in leader.machine.applied] == [b"taken"]
+
+
+async def test_an_entry_is_orphaned_once(tmp_path: Path) -> None:
+    async with cluster(tmp_path, 1) as toy:
+        _, driver = await alone(toy)
+        driver.waiting_records = 1
+        each = Staged(data_entry(9), ([], b"", []), True, 0.0)
+        driver._orphan(each)
+        driver._orphan(each)
+        assert driver.waiting_records == 0 and driver.counters["orphaned"] == 1
+
+
+async def test_lost_leadership_tells_who_waits_that_the_outcome_is_unknown(tmp_path: Path) -> None:
+    """At once, and not when their time is up; the entry may still be committed by the next leader."""
+    async with cluster(tmp_path, orphan_after_ms=600_000) as toy:
+        leader = await toy.leader()
+        for node in toy.alive():
+            if node is not leader:
+                await node.kill()
+        outcomes: list[str] = []
+        leader.machine.put(leader.running, b"alone", outcomes.append)
+        await wait_until(lambda: outcomes, what="an answer")
+        assert outcomes == ["unknown"] and len(leader.machine.pending) == 1
+
+
+# What must be on stable storage
+
+
+async def test_4_2_a_leader_leads_with_its_term_and_vote_saved(tmp_path: Path) -> None:
+    async with cluster(tmp_path, 1) as toy:
+        _, driver = await alone(toy)
+        assert (driver._meta.saved.term, driver._meta.saved.vote) == (driver.term, "n0")
+
+
+async def test_4_6_the_durable_mark_follows_the_sync(tmp_path: Path) -> None:
+    async with cluster(tmp_path, 1) as toy:
+        _, driver = await alone(toy)
+        await toy.put(b"one")
+        last = driver.store.last_index
+        await wait_until(lambda: driver._meta.saved.durable_index >= last, what="the mark")
+
+
+async def test_4_2_a_confirmed_node_does_not_recover_at_its_next_start(tmp_path: Path) -> None:
+    async with cluster(tmp_path, 1) as toy:
+        _, driver = await alone(toy)
+        await driver._meta.save_recovering(True)
+        driver._perform([fx.Recovered(1)])
+        await wait_until(lambda: not driver._meta.saved.recovering, what="the flag to go")
+
+
+# Bounds
+
+
+async def test_4_11_room_for_proposals_is_bounded(tmp_path: Path) -> None:
+    async with cluster(tmp_path, 1) as toy:
+        leader, driver = await alone(toy)
+        assert driver._check_room() is None
+        end = driver.batch.log_end
+        driver.batch.log_end = driver.committed_position + toy.config("n0").uncommitted_bytes_max + 1
+        assert "bytes" in str(driver._check_room())
+        driver.batch.log_end = end
+        driver.waiting_records = toy.config("n0").waiting_records_max + 1
+        assert "messages" in str(driver._check_room())
+        driver.waiting_records = 0
+        driver.disk.is_full = True
+        with pytest.raises(DiskFull, match="full"):
+            leader.running.reserve(32)
+        driver.disk.is_full = False
+        leader.running.reserve(32)
+
+
+def a_batch() -> OpenBatch:
+    batch = OpenBatch()
+    batch.bind(16 << 20, 8 << 20, lambda: None, lambda: None)
+    batch.lead(1, 1, 0, 0)
+    return batch
+
+
+def add(batch: OpenBatch, nbytes: int) -> None:
+    batch.reserve(nbytes)
+    batch.add_record(bytes(nbytes))
+
+
+def test_4_4_an_entry_holds_so_many_messages_and_bytes_at_most() -> None:
+    batch = a_batch()
+    for _ in range(BATCH_RECORDS_MAX + 1):
+        add(batch, 10)
+    assert [proposal.entry.count for proposal in batch.take_sealed()] == [BATCH_RECORDS_MAX, 1]
+    for _ in range(5):
+        add(batch, 100 * 1024)
+    entries = [proposal.entry for proposal in batch.take_sealed()]
+    assert [entry.count for entry in entries] == [2, 2, 1]
+    assert all(len(entry.frame) <= BATCH_BYTES_MAX + HEADER_BYTES for entry in entries)
+
+
+def test_who_does_not_lead_takes_no_records() -> None:
+    batch = a_batch()
+    batch.stop("n2")
+    with pytest.raises(NotLeader, match="n2"):
+        batch.reserve(10)
+
+
+def test_a_record_is_as_long_as_what_was_reserved_for_it() -> None:
+    batch = a_batch()
+    batch.reserve(10)
+    with pytest.raises(ValueError, match="where 10 were reserved"):
+        batch.add_record(bytes(11))
+    with pytest.raises(ValueError, match="where 10 were reserved"):
+        batch.add_records([bytes(5), bytes(6)])
+
+
+def test_a_batch_that_is_stopped_gives_everything_back_newest_first() -> None:
+    batch = a_batch()
+    for staged in ("first", "second"):
+        batch.propose([b"x"], b"", staged)
+    add(batch, 10)
+    batch.staged = "open"
+    assert batch.stop(None) == ["open", "second", "first"] and batch.is_empty
+
+
+def test_a_full_group_opens_no_batch() -> None:
+    batch = a_batch()
+    batch.bind(16 << 20, 8 << 20, lambda: Overloaded("too much"), lambda: None)
+    with pytest.raises(Overloaded):
+        batch.reserve(10)
+
+
+# What is not committed
+
+
+def test_4_9_a_trim_that_is_not_known_to_be_committed_waits() -> None:
+    machine = ToyMachine()
+    replay = Replay(machine, SEGMENT)
+    replay.show(trim_entry(5, 2 * SEGMENT), 4)
+    assert machine.trims == [] and [entry.index for entry in replay.trims] == [5]
+    replay.show(trim_entry(6, 3 * SEGMENT), 6)
+    assert machine.trims == [3 * SEGMENT] and replay.trimmed_position == 3 * SEGMENT
+
+
+async def test_a_cut_takes_a_trim_back(tmp_path: Path) -> None:
+    async with cluster(tmp_path, 1) as toy:
+        _, driver = await alone(toy)
+
+        async def cut(from_index: int) -> None:
+            return
+
+        driver.store.cut = cut  # type: ignore[method-assign]
+        driver._trims.extend([trim_entry(50, SEGMENT), trim_entry(51, SEGMENT), trim_entry(52, SEGMENT)])
+        driver._cut = (51, ())
+        await driver._perform_cut()
+        assert [entry.index for entry in driver._trims] == [50]
+        driver._trims.clear()
+
+
+async def test_what_is_being_read_while_the_log_is_cut_is_not_fed() -> None:
+    log = OldLog(count=30, body_bytes=700, recent_from=29)
+    ready: list[str] = []
+    feed = LogFeed(cast(LogStore, log), SEGMENT, lambda: ready.append("ready"))
+    feed.is_leading = True
+    log.gate = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(feed.run)
+        assert feed.entries(1, 1000) == ()
+        await wait_until(lambda: log.read_from, what="the reading")
+        feed.forget()
+        log.gate.set()
+        for _ in range(10):
+            await trio.lowlevel.checkpoint()
+        assert ready == [] and not feed._runs
+        nursery.cancel_scope.cancel()
+
+
+# Retention
+
+
+class Shelf:
+    """A log of closed segments, two entries in each; the active one behind them."""
+
+    def __init__(self, segments: int) -> None:
+        self.segments = [
+            SegmentInfo(number * SEGMENT, 2 * number + 1, 2 * number + 2, (number + 1) * SEGMENT, 0)
+            for number in range(segments)
+        ]
+        self.first_position = 0
+        self.trims: list[int] = []
+
+    def manifest(self) -> Any:
+        return SimpleNamespace(segments=tuple(self.segments))
+
+    async def trim(self, position: int) -> None:
+        await trio.lowlevel.checkpoint()
+        self.trims.append(position)
+        self.first_position = position
+
+
+def retention(store: Shelf, *, applied: int, alone_for: float = 0.0, used: int = 50) -> tuple[Retention, ToyMachine]:
+    now = [100.0]
+    config = GroupConfig(cluster="c", group="g", node_id="n0", peers={"n0": ("127.0.0.1", 1)}, data_dir="/nowhere")
+
+    async def look() -> None:
+        await trio.lowlevel.checkpoint()
+
+    machine = ToyMachine()
+    found = Retention(
+        cast(Any, SimpleNamespace(clock=SimpleNamespace(monotonic=lambda: now[0]))),
+        config,
+        machine,
+        get_logger("test"),
+        cast(LogStore, store),
+        cast(Any, SimpleNamespace(look=look, usage=Usage(100 - used, 100))),
+        segment_bytes=SEGMENT,
+        propose=lambda plan: None,
+        applied=lambda: applied,
+        leased=lambda: None,
+        removed=lambda: None,
+    )
+    now[0] += alone_for
+    return found, machine
+
+
+async def test_4_9_segments_go_once_the_older_checkpoint_covers_them_too() -> None:
+    store = Shelf(6)
+    kept, machine = retention(store, applied=12)
+    kept.checkpoint_saved(2)
+    kept.checkpoint_saved(8)
+    await kept._remove(4 * SEGMENT)
+    assert store.trims == [SEGMENT] and machine.checkpoints_wanted == 1
+    kept.checkpoint_saved(9)
+    await kept._remove(4 * SEGMENT)
+    assert store.trims == [SEGMENT, 4 * SEGMENT]
+
+
+def test_what_is_not_applied_is_not_trimmed() -> None:
+    kept, _ = retention(Shelf(6), applied=5)
+    assert kept.limit(6 * SEGMENT) == 2 * SEGMENT
+
+
+async def test_nobody_trims_alone_at_once() -> None:
+    kept, machine = retention(Shelf(6), applied=12, alone_for=5.0, used=95)
+    kept.checkpoint_saved(8)
+    kept.checkpoint_saved(8)
+    await kept._help_yourself()
+    assert machine.trims == [] and not kept.is_unfit
+
+
+async def test_who_trims_alone_keeps_what_no_checkpoint_covers() -> None:
+    store = Shelf(6)
+    kept, machine = retention(store, applied=12, alone_for=20.0, used=95)
+    kept._disk.usage = Usage(5 * SEGMENT, 100 * SEGMENT)
+    kept.checkpoint_saved(4)
+    kept.checkpoint_saved(8)
+    await kept._help_yourself()
+    assert machine.trims == [2 * SEGMENT] and kept.is_unfit and kept.trimmed_position == 2 * SEGMENT
