@@ -216,6 +216,9 @@ def _print_group(group: GroupView) -> None:
         if said is None:
             rows.append(("?", "no answer", *["-"] * 7, node.address))
             continue
+        if not said["members"]:
+            rows.append((said["node_id"], "  " + _standing(said), *["-"] * 7, node.address))
+            continue
         rows.append(
             (
                 said["node_id"],

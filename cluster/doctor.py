@@ -120,6 +120,15 @@ def _why_leaderless(group: GroupView, voters: list[str]) -> tuple[str, str]:
     answering = [node for node in group.answering if node.node_id in voters]
     recovering = [str(node.node_id) for node in answering if _said(node)["recovering"]]
     quorum = len(voters) // 2 + 1
+    if not voters:  # who votes is in the log
+        busy = [f"{node.node_id} is {_said(node)['state']}" for node in group.answering]
+        return f"no leader: no node serves its log ({', '.join(busy)})", "see what each of them waits for"
+    mending = [str(node.node_id) for node in answering if _said(node)["state"] != "serving"]
+    if len(answering) - len(mending) < quorum and mending:
+        return (
+            f"no leader: {quorum} of {len(voters)} voters are needed, and the log of {' '.join(mending)} is not served",
+            "see what each of them waits for",
+        )
     if len(answering) < quorum:
         return (
             f"no leader: {len(answering)} of {len(voters)} voters answer, {quorum} are needed",
@@ -157,7 +166,12 @@ def _check_node(group: GroupView, node: NodeView) -> Iterator[Finding]:
 def _troubles(about: str, said: Mapping[str, Any]) -> Iterator[Finding]:
     if said["state"] == "repairing":
         waits = said.get("waits_for") or "its peers"
-        yield Finding(about, "bad", f"its log is damaged and waits for {waits}", "keep the other nodes running")
+        yield Finding(
+            about,
+            "bad",
+            f"its log is damaged and waits for {waits}",
+            "keep the other nodes running; what none of them has, only a backup has: quorate restore",
+        )
     elif said["state"] == "installing":
         yield Finding(about, "warning", "is being filled with log files by its peers")
     power_lost_index = said.get("power_lost_index")
@@ -211,7 +225,7 @@ def _check_peers(group: GroupView, said: Mapping[str, Any]) -> Iterator[Finding]
 def _check_members(group: GroupView, said: Mapping[str, Any], section: GroupSection) -> Iterator[Finding]:
     configured = sorted(node.name for node in section.present)
     there = sorted([*said["members"], *said["learners"]])
-    if there != configured:
+    if there and there != configured:
         yield Finding(
             group.name,
             "warning",

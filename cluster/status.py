@@ -79,12 +79,27 @@ class NodeStatus:
         return ", ".join(parts)
 
 
+_STANDS = (
+    "raftTerm",
+    "raftLastIndex",
+    "raftWrittenIndex",
+    "raftDurableIndex",
+    "raftCommittedIndex",
+    "raftAppliedIndex",
+    "raftFirstPosition",
+    "raftCommittedPosition",
+    "raftEndPosition",
+)
+
+
 def _int(info: Mapping[str, str], key: str) -> int | None:
     text = info.get(key, "")
     return int(text) if text.lstrip("-").isdigit() else None
 
 
 def _from_runtime_info(node: RunningNode, info: Mapping[str, str]) -> NodeStatus:
+    if not info.get("raftMembers", "?"):  # its log is not served, so where it stands is not known; not 0
+        info = {key: value for key, value in info.items() if key not in _STANDS}
     return NodeStatus(
         name=node.name,
         group=node.group,

@@ -229,7 +229,7 @@ class Supervisor:
                 for leadership in self._leaderships.values():
                     await leadership.known.wait()
         except trio.TooSlowError:
-            raise NotReadyInTime(self._what_is_missing()) from None
+            raise NotReadyInTime(await self._what_is_missing()) from None
         assert self._identity is not None
         self._identity = self._identity.formatted()
         self._unformatted = frozenset()
@@ -237,12 +237,30 @@ class Supervisor:
         seconds = (self._env.clock.wall_ms() - self._started_ms) / 1000
         self._tell("all_ready", None, f"ready in {seconds:.1f} s")
 
-    def _what_is_missing(self) -> str:
+    async def _what_is_missing(self) -> str:
         late = [slot.node.name for slot in self._slots.values() if not slot.ready.is_set()]
         if late:
             return f"{', '.join(late)} not ready within {READY_WITHIN_S:.0f} s\n{self._log_tail(late[0])}"
         leaderless = [name for name, leadership in self._leaderships.items() if not leadership.known.is_set()]
-        return f"no leader of {', '.join(leaderless)} within {READY_WITHIN_S:.0f} s; logs are in {self.layout.logs}"
+        return "\n".join(
+            [
+                f"no leader of {', '.join(leaderless)} within {READY_WITHIN_S:.0f} s; logs are in {self.layout.logs}",
+                *await self._troubles_of(leaderless),
+            ]
+        )
+
+    async def _troubles_of(self, groups: Sequence[str]) -> list[str]:
+        """What the doctor has to say about raft groups without leader."""
+        import quorate
+        from cluster.doctor import check_group
+        from cluster.raft_groups import view_groups
+
+        nodes = self.config.nodes()
+        addresses = {name: [str(node.listen) for node in nodes if node.group == name] for name in groups}
+        async with quorate.connect(self.config.namesrv_addresses(), env=self._env) as client:
+            views = await view_groups(self._env, client, addresses)
+        found = [finding for view in views for finding in check_group(view, None) if finding.level != "ok"]
+        return [f"  {finding.about}: {finding.text}" for finding in found]
 
     async def _refuse_taken_ports(self) -> None:
         """Better one sentence now than four nodes that fail. A second's grace: a killed cluster may just be leaving."""

@@ -80,6 +80,28 @@ def test_recovering_voters_need_everybody_and_the_way_out_is_named() -> None:
     assert "quorate raft recover n0 --accept-loss" in found[0].next_step
 
 
+def test_nodes_whose_logs_are_mended_cannot_lead_and_that_is_said() -> None:
+    mended: dict[str, Any] = {"state": "repairing", "waits_for": "entry 24"}
+    nobody = troubles(*(node(number, **mended, members=[]) for number in range(3)))
+    assert "no node serves its log (n0 is repairing, n1 is repairing, n2 is repairing)" in nobody[0].text
+    most = troubles(node(0), node(1, **mended), node(2, **mended))
+    assert "2 of 3 voters are needed, and the log of n1 n2 is not served" in most[0].text
+    assert "waits for entry 24" in most[1].text
+
+
+def test_a_node_that_runs_but_is_no_member_is_named_with_the_way_in() -> None:
+    (found, *_) = troubles(node(0, leads=True), node(1), node(2), node(3))
+    assert (found.about, found.level) == ("broker-a/n3", "warning")
+    assert "is no member of the group" in found.text
+    assert "quorate raft add-node n3 --peer" in found.next_step
+
+
+def test_the_promise_follows_the_members() -> None:
+    five: dict[str, Any] = {"members": ["n0", "n1", "n2", "n3", "n4"]}
+    texts = [finding.text for finding in findings(node(0, leads=True, **five), node(1), node(2))]
+    assert any(text.startswith("now 5 nodes vote: acknowledged means") and "3 of 5" in text for text in texts)
+
+
 def test_a_power_loss_says_what_may_be_missing() -> None:
     (found,) = troubles(node(0, leads=True, power_lost_index=1100), node(1), node(2))
     assert found.level == "warning"
