@@ -71,6 +71,7 @@ TRANSFER_SECONDS_MAX = 10.0
 SUCCESSOR_SECONDS_MAX = 2.0
 SUCCESSOR_LOOK_SECONDS = 0.01
 """After a transfer: for how long to wait for the first word of the new leader, and how often to look."""
+CHECKPOINT_LOOK_SECONDS = 0.01
 LATE = "late"
 COUNTERS = ("reopened", "faults", "repairs", "cut_as_damaged", "installs")
 BODY_OFFSET = HEADER_BYTES
@@ -123,6 +124,7 @@ class RaftGroup:
         self._stop_wanted = trio.Event()
         self._is_stopping = False
         self._is_started = False
+        self._checkpoints_under_way = 0
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Recover the log, replay it, listen, take part. `started()` once recovered and listening. Returns after
@@ -175,6 +177,7 @@ class RaftGroup:
             self.state = "recovering"
             self.counters["reopened"] += 1
             self._log.warning("opening the log anew", reason=reason)
+            await self._checkpoint_written()
             await self._finish_install()
             if clock.monotonic() - began > REOPEN_SECONDS_MAX:
                 pause = REOPEN_SECONDS_MIN
@@ -818,18 +821,29 @@ class RaftGroup:
     def save_checkpoint(self, index: int, blob: bytes) -> bool:
         """Keep `blob`, the state machine's tables after entry `index`; the next start hands it to `restore`.
 
-        Replaces the previous one atomically. Waits for the disk, so call it in a thread (`env.run_in_thread`). False
-        where nothing was saved, because the run that these tables come from has ended.
+        Replaces the previous one atomically. Waits for the disk, so call it in a thread (`env.run_in_thread`), one at
+        a time. False where nothing was saved, because the run that these tables come from has ended.
         """
-        driver = self._driver
-        if driver is None:
-            return False  # the log is not this one any more
-        known = driver.core.configs.above(-1)
-        at, members = next((config for config in reversed(known) if config[0] <= index), known[0])
-        config = encode_members(members) if at else b""
-        write_checkpoint(self._env.files, self.config.data_dir, index, blob, config=config, config_index=at)
-        driver.checkpoint_saved(index)
-        return True
+        self._checkpoints_under_way += 1  # before the look at the driver: see `_checkpoint_written`
+        try:
+            driver = self._driver
+            if driver is None:
+                return False  # the log is not this one any more
+            found = driver.core.configs.latest(index)
+            if found is None:
+                return False  # the members changed again and again meanwhile: a later checkpoint will know
+            at, members = found
+            config = encode_members(members) if at else b""
+            write_checkpoint(self._env.files, self.config.data_dir, index, blob, config=config, config_index=at)
+            driver.checkpoint_saved(index)
+            return True
+        finally:
+            self._checkpoints_under_way -= 1
+
+    async def _checkpoint_written(self) -> None:
+        """Of a run that has ended, a thread may still be saving a checkpoint: not beside whatever comes next."""
+        while self._checkpoints_under_way:
+            await self._env.clock.sleep(CHECKPOINT_LOOK_SECONDS)
 
 
 def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException | None:

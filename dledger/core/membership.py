@@ -21,6 +21,7 @@ MEMBERS_MAX = 31
 """Voters and learners together. A larger group would be slower, not safer."""
 NAME_BYTES_MAX = 255
 PORT_MAX = 65_535
+REPLACED_CONFIGS_KEPT = 16
 
 Address = tuple[str, int]
 
@@ -185,7 +186,7 @@ def _addresses(value: object) -> dict[str, Address]:
 
 
 class ConfigHistory:
-    """The CONFIG entries of a log that a cut may still bring back: the last committed one and all behind it.
+    """The CONFIG entries of a log that a cut may still bring back: the last committed ones and all behind them.
 
     `known` are the entries found at start, ascending by index, all of them in the log or below its first entry;
     `bootstrap` is in force before the first. Raises LocalError when they are not ascending.
@@ -216,6 +217,10 @@ class ConfigHistory:
         """What was in force behind entry `index`, as far back as is remembered."""
         return next((members for at, members in reversed(self._configs) if at <= index), self._configs[0][1])
 
+    def latest(self, index: int) -> tuple[int, Members] | None:
+        """The last one up to entry `index`; None where that is forgotten. Also from a thread."""
+        return next((config for config in reversed(list(self._configs)) if config[0] <= index), None)
+
     def append(self, index: int, members: Members) -> None:
         self._configs.append((index, members))
 
@@ -227,6 +232,10 @@ class ConfigHistory:
         return self.index != before
 
     def settle(self, commit_index: int) -> None:
-        """What is committed is never cut: forget what it has replaced."""
-        while len(self._configs) > 1 and self._configs[1][0] <= commit_index:
+        """What is committed is never cut: forget what it has replaced, but for the last ones. A checkpoint of a moment
+        ago asks for them."""
+        while (
+            len(self._configs) > REPLACED_CONFIGS_KEPT + 1
+            and self._configs[REPLACED_CONFIGS_KEPT + 1][0] <= commit_index
+        ):
             self._configs.pop(0)

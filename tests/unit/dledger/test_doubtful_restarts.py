@@ -4,6 +4,7 @@ anew."""
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 import trio
 
+from dledger.core.membership import AddLearner, Remove
 from dledger.errors import StoreFailed
+from dledger.store.checkpoint import read_checkpoint, write_checkpoint
 from dledger.store.format import Format
 from dledger.store.meta import MetaFile, format_meta
 from runtime.files import RealFile
@@ -88,3 +91,49 @@ async def test_vote_found_in_the_page_cache_is_on_the_disk_before_it_counts() ->
     files.lose_power(False)
     after = MetaFile.open(files, "/raft", IDENTITY).saved
     assert (after.term, after.vote) == (5, "n1")
+
+
+async def test_checkpoint_names_the_members_as_of_its_entry(tmp_path: Path) -> None:
+    """The members change while the tables are encoded: an entry that may be lost again must not be in it."""
+    async with cluster(tmp_path, 1) as toy:
+        group, machine = toy.nodes["n0"].running, toy.nodes["n0"].machine
+        await toy.put(b"one")
+        await group.change_members(AddLearner("n5", ("127.0.0.1", 9)))
+        await toy.put(b"two")
+        index, blob = machine.checkpoint()
+        first = group.statistics().members_index
+        assert 0 < first <= index
+        await group.change_members(Remove("n5"))
+        await toy.put(b"three")
+        assert await trio.to_thread.run_sync(group.save_checkpoint, index, blob)
+        saved = read_checkpoint(toy.env.files, group.config.data_dir)
+        assert saved is not None and (saved.index, saved.config_index) == (index, first)
+
+
+async def test_checkpoint_under_way_is_written_before_the_log_is_opened_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it could take the place of the one that came with fetched segments, and cover less than was trimmed."""
+    async with cluster(tmp_path, 1) as toy:
+        node = toy.nodes["n0"]
+        await toy.put(b"one")
+        index, blob = node.machine.checkpoint()
+        begun, go_on = threading.Event(), threading.Event()
+
+        def slow(*args: Any, **settings: Any) -> None:
+            begun.set()
+            go_on.wait(10)
+            write_checkpoint(*args, **settings)
+
+        monkeypatch.setattr("dledger.group.write_checkpoint", slow)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, node.running.save_checkpoint, index, blob)
+            await wait_until(begun.is_set, what="the thread")
+            assert node.running._driver is not None
+            node.running._driver.reopen("test")
+            await wait_until(lambda: node.running._driver is None, what="the end of the run")
+            await trio.sleep(0.2)
+            is_early = len(node.machine.restored) > 1
+            go_on.set()
+        assert not is_early, "not restored again while the thread writes"
+        await wait_until(lambda: node.machine.restored[-1] == blob, what="the tables of the checkpoint")

@@ -211,12 +211,14 @@ def test_what_was_in_force_at_an_index() -> None:
     assert [index for index, _ in configs.above(3)] == [7]
 
 
-def test_what_is_settled_is_forgotten_but_for_the_last() -> None:
-    configs = history(3, 7, 9)
-    configs.settle(8)
-    assert configs.index == 9 and [index for index, _ in configs.above(-1)] == [7, 9]
-    configs.settle(100)
-    assert configs.index == 9 and configs.at(0).learners == ("at9",)
+def test_what_is_settled_is_forgotten_but_for_the_last_ones() -> None:
+    indexes = range(3, 103, 3)
+    configs = history(*indexes)
+    configs.settle(80)
+    assert [index for index, _ in configs.above(-1)] == [index for index in indexes if index >= 78 - 3 * 16]
+    assert configs.latest(80) == (78, configs.at(78)) and configs.latest(29) is None
+    configs.settle(1000)
+    assert configs.index == 102 and [index for index, _ in configs.above(-1)] == list(indexes)[-17:]
 
 
 @pytest.mark.parametrize("indexes", [(3, 3), (4, 2), (0,)])
