@@ -279,6 +279,8 @@ class SimNode:
             # What the peers have trimmed was committed; nobody has the entries, but whole segments and a checkpoint.
             for peer in self._peers_heard():
                 if peer.raft is not None and peer.log.first_index > gap.first and self._install_from(peer):
+                    # What the segments do not hold, this node may have acknowledged.
+                    self.disk.recovering = True
                     world.reached("repair-installs")
                     return
         if left:
