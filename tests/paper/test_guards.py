@@ -5,9 +5,10 @@ from __future__ import annotations
 from dledger.core import effects as fx
 from dledger.core import messages as msg
 from dledger.core.config import RaftConfig
-from dledger.core.events import Durable, HardStateSaved, TurnEnd
+from dledger.core.events import Durable, HardStateSaved, Propose, TurnEnd
 from dledger.core.log import MemoryLog
-from dledger.core.types import HardState, Role
+from dledger.core.membership import AddLearner
+from dledger.core.types import EntryType, HardState, Role, frame_entry
 from tests.paper.harness import Group, make_log
 
 
@@ -160,7 +161,77 @@ def test_4_2_a_follower_with_sync_flush_answers_by_its_durable_mark() -> None:
     assert answer == msg.AppendReply(1, 1, True, 1, 1)
 
 
+def test_4_2_with_sync_flush_what_peers_have_only_written_commits_nothing() -> None:
+    group = Group(config=RaftConfig(sync=True))
+    group.elect("n0")
+    index = group["n0"].propose()
+    group.take()
+    for peer in ("n1", "n2"):
+        seq = group.raft("n0").progress[peer].seq
+        group["n0"].receive(peer, msg.AppendReply(1, seq, True, index, index - 1))
+    assert group.raft("n0").progress["n1"].written == index and group.raft("n0").commit_index == index - 1
+
+
+def test_scenario_06_with_sync_flush_a_leader_counts_itself_only_once_its_sync_is_done() -> None:
+    group = Group(config=RaftConfig(sync=True))
+    group.elect("n0")
+    group.isolate("n2")
+    group["n0"].syncs = False
+    index = group["n0"].propose()
+    group.settle()
+    assert group.raft("n0").progress["n1"].durable == index
+    assert group.raft("n0").commit_index == index - 1
+    group["n0"].step(Durable(group.now, index, 1))
+    assert group.raft("n0").commit_index == index
+
+
+def test_5_1_entries_of_an_older_term_change_nothing_and_learn_the_newer() -> None:
+    theirs, older = make_log(3), make_log(2)
+    group = Group()
+    group["n1"].receive("n0", msg.Append(3, 0, 0, 0, 0, 1, tuple(theirs.entries(1, 1 << 20))))
+    group.take()
+    group["n1"].receive("n2", msg.Append(2, 0, 0, 0, 0, 1, tuple(older.entries(1, 1 << 20))))
+    assert group["n1"].did(fx.Fatal) == [] and group.raft("n1").leader == "n0"
+    assert group.take() == [("n1", "n2", msg.AppendReply(3, 0, False, 0, 0))]
+
+
+def test_4_3_an_entry_framed_in_an_older_term_of_the_same_leader_is_refused() -> None:
+    group = Group()
+    group.elect("n0")
+    group["n0"].receive("n1", msg.Vote(5, 0, 0))
+    group.take()
+    group.elect("n0")
+    raft = group.raft("n0")
+    stale = frame_entry(raft.last_index + 1, 1, raft.position_end, EntryType.DATA, 1, (b"x",), raft.last_crc, 0)
+    group["n0"].step(Propose(group.now, (stale,)))
+    assert group["n0"].refusals == ["term 1 is over"] and raft.last_index == stale.index - 1
+
+
+def test_4_2_1_two_voters_commit_nothing_with_a_learner_alone() -> None:
+    group = Group(3, voters=2)
+    group.elect("n0")
+    group["n0"].change(AddLearner("n2", ("host", 1)))
+    group.settle()
+    group.isolate("n1")
+    index = group["n0"].propose()
+    group.settle()
+    assert group.raft("n0").progress["n2"].written == index
+    assert group.raft("n0").commit_index == index - 1
+
+
 # Reads, segments
+
+
+def test_6_4_one_answer_of_four_confirms_no_read() -> None:
+    group = Group(5)
+    group.elect("n0")
+    group.isolate("n0", "n1")
+    group["n0"].read(7)
+    group.settle()
+    assert group["n0"].answers == []
+    group.heal()
+    group.run(0.5)
+    assert group["n0"].answers == [(7, 1)]
 
 
 def test_4_8_reads_that_wait_are_bounded() -> None:

@@ -16,15 +16,18 @@ from dledger.core.events import Event, Propose
 from dledger.core.types import HEADER_BYTES, Entry, EntryType, frame_entry
 from dledger.disk_watch import Usage
 from dledger.driver import Driver, Replay, Staged
-from dledger.errors import DiskFull, NotLeader, Overloaded
+from dledger.errors import DiskFull, FormatError, LogDamaged, NotLeader, Overloaded
 from dledger.feed import LogFeed
+from dledger.group import RaftGroup
+from dledger.machine import EntryView
 from dledger.open_batch import BATCH_BYTES_MAX, BATCH_RECORDS_MAX, OpenBatch
 from dledger.retention import Retention, encode_trim
 from dledger.store.log_store import LogStore
 from dledger.store.manifest import SegmentInfo
+from dledger.store.meta import MetaFile
 from runtime.logs import get_logger
-from runtime.testing import wait_until
-from tests.unit.dledger.dledger_toy import Node, ToyMachine
+from runtime.testing import test_env, wait_until
+from tests.unit.dledger.dledger_toy import Node, ToyMachine, toy_env
 from tests.unit.dledger.test_driver import cluster, driver_of
 from tests.unit.dledger.test_driver_parts import OldLog
 
@@ -114,6 +117,58 @@ async def test_4_2_a_confirmed_node_does_not_recover_at_its_next_start(tmp_path:
         await wait_until(lambda: not driver._meta.saved.recovering, what="the flag to go")
 
 
+async def test_4_2_a_clean_stop_is_marked(tmp_path: Path) -> None:
+    """Such a node need not recover first when the machine has booted since."""
+    async with cluster(tmp_path, 1) as toy:
+        node, driver = await alone(toy)
+        assert not driver._meta.saved.clean
+        await node.stop()
+        assert driver._meta.saved.clean and driver._meta.saved.durable_index == driver.store.last_index
+
+
+async def test_4_6_a_damaged_log_of_one_is_not_served(tmp_path: Path) -> None:
+    async with cluster(tmp_path, 1) as toy:
+        await toy.put(b"x" * 32)
+        node = toy.nodes["n0"]
+        await node.stop()
+        path = tmp_path / "n0" / "log" / ("0" * 20)
+        content = bytearray(path.read_bytes())
+        content[10] ^= 1
+        path.write_bytes(content)
+        with trio.fail_after(3), pytest.raises(LogDamaged, match="refusing to serve"):
+            await node.run_here()
+
+
+def a_group(folder: Path, **settings: Any) -> RaftGroup:
+    config = GroupConfig(
+        cluster="c", group="g", node_id="n0", peers={"n0": ("127.0.0.1", 1)}, data_dir=str(folder), **settings
+    )
+    return RaftGroup(test_env(folder), config, ToyMachine(), get_logger("test"))
+
+
+async def test_4_6_a_folder_is_formatted_only_when_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="not formatted"):
+        await a_group(tmp_path)._identify()
+    assert toy_env(tmp_path).files.listdir(str(tmp_path)) == []
+
+
+async def test_4_6_a_log_without_a_format_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / ("0" * 20)).write_bytes(b"somebody's log")
+    for settings in ({"format_if_empty": True}, {"join": True}):
+        with pytest.raises(FormatError, match="refusing to touch it"):
+            await a_group(tmp_path, **settings)._identify()
+    assert toy_env(tmp_path).files.listdir(str(tmp_path)) == ["log"]
+
+
+async def test_scenario_23_a_blank_folder_recovers_from_its_first_moment_on(tmp_path: Path) -> None:
+    group = a_group(tmp_path, join=True)
+    identity = await group._identify()
+    meta = MetaFile.open(group._env.files, str(tmp_path), identity)
+    assert meta.saved.recovering
+    meta.close()
+
+
 # Bounds
 
 
@@ -192,6 +247,20 @@ def test_a_full_group_opens_no_batch() -> None:
 
 
 # What is not committed
+
+
+async def test_6_1_nothing_behind_the_commit_index_is_applied(tmp_path: Path) -> None:
+    async with cluster(tmp_path, 1) as toy:
+        leader, driver = await alone(toy)
+        last = driver.store.last_index
+        driver.store.end_of = lambda index: 0  # type: ignore[method-assign]
+        for index in (last + 1, last + 2):
+            entry = data_entry(index)
+            driver._staged.append(Staged(entry, leader.machine.stage(EntryView(entry)), False, 0.0))
+        driver._commit_index = last + 1
+        driver._apply()
+        assert [index for index, _, _ in leader.machine.entries] == [last + 1]
+        assert driver.applied_index == last + 1 and len(driver._staged) == 1
 
 
 def test_4_9_a_trim_that_is_not_known_to_be_committed_waits() -> None:

@@ -7,6 +7,7 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import msgspec
@@ -27,6 +28,8 @@ from dledger.store.log_store import LogStore
 from dledger.store.manifest import Manifest, SegmentInfo
 from dledger.store.staging import decode_manifest
 from dledger.wire import (
+    KIND_HELLO,
+    KIND_PONG,
     KIND_PROOF,
     KIND_WELCOME,
     MESSAGE_BYTES_MAX,
@@ -135,6 +138,38 @@ async def test_4_14_a_strangers_message_is_small() -> None:
     rogue.answers.append((5000).to_bytes(4, "little"))
     with pytest.raises(WireError, match="a message of 5000 bytes"):
         await peers._admit(cast(Any, rogue))
+
+
+class Caller(Rogue):
+    """The dialling end of a connection: says hello, and answers the welcome with a proof it has made up."""
+
+    def __init__(self, hello: Hello) -> None:
+        super().__init__("n1", None)
+        self.answers.append(b"".join(map(bytes, encode(KIND_HELLO, hello_fields(hello)))))
+
+    async def send_parts(self, parts: Any) -> None:
+        await trio.lowlevel.checkpoint()
+        for received in self.reader.feed(b"".join(bytes(part) for part in parts)):
+            self.kinds.append(received.kind)
+            if received.kind == KIND_WELCOME:
+                self.answers.append(b"".join(map(bytes, encode(KIND_PROOF, (bytes(32),)))))
+
+
+async def test_4_14_who_calls_proves_that_it_knows_the_secret() -> None:
+    peers = peers_of(a_config(secret=b"ours"))
+    hello = peers_of(a_config(node_id="n1", secret=b"guessed"))._hello("n0")
+    caller = Caller(hello)
+    with pytest.raises(Refused, match="does not know our secret"):
+        await peers._admit(cast(Any, caller))
+    assert KIND_PONG not in caller.kinds
+
+
+@pytest.mark.parametrize("stranger", ["n9", "n0"])
+async def test_4_14_who_calls_is_another_member(stranger: str) -> None:
+    peers = peers_of(a_config())
+    hello = msgspec.structs.replace(peers_of(a_config(node_id="n1"))._hello("n0"), node_id=stranger)
+    with pytest.raises(Refused, match="is not another member"):
+        await peers._admit(cast(Any, Caller(hello)))
 
 
 def test_a_proof_covers_the_newest_versions_that_both_told() -> None:
@@ -284,6 +319,25 @@ async def test_4_6_only_what_no_quorum_can_have_is_given_up(
 async def test_4_6_a_silent_peer_is_no_definite_no() -> None:
     found = await a_phase(Answers(n1=FetchStatus.UNSURE, n2=FetchStatus.BUSY))._ask_everybody(FAULT)
     assert not found.absent and sorted(found.others) == ["n1", "n2"]
+
+
+async def test_4_6_who_cuts_a_damaged_end_recovers_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash in between must not leave a node that votes without what it acknowledged."""
+    done: list[str] = []
+
+    async def save_recovering(recovering: bool) -> None:
+        await trio.lowlevel.checkpoint()
+        done.append(f"recovering {recovering}")
+
+    async def drop(*_: object) -> None:
+        await trio.lowlevel.checkpoint()
+        done.append("cut")
+
+    monkeypatch.setattr("dledger.repair.drop_open_fault", drop)
+    phase = a_phase(Answers())
+    phase._meta = cast(Any, SimpleNamespace(save_recovering=save_recovering))
+    await phase._cut(FAULT, _Found(absent={"n1": "never had it"}))
+    assert done == ["recovering True", "cut"]
 
 
 # Installation

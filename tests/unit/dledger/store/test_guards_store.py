@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from zlib import crc32
 
 import msgspec
 import pytest
+import trio
 from attrs import evolve
 
 from dledger.core.types import HEADER_BYTES, Entry, EntryType, frame_entry
@@ -24,9 +26,9 @@ from dledger.store.quarantine import QUARANTINE_FOLDER, keep_aside
 from dledger.store.recovery import recover_log
 from dledger.store.repair import write_repair
 from dledger.store.rows import ROW_BYTES, read_rows, row_of
-from dledger.store.segments import Segment, segment_name
+from dledger.store.segments import Segment, create_segment, segment_name
 from dledger.store.staging import Staging, complete_install
-from runtime.files import RealFiles
+from runtime.files import RealFile, RealFiles
 from runtime.testing import test_env
 from tests.unit.dledger.store.crash_files import CrashFiles
 from tests.unit.dledger.store.store_kit import (
@@ -179,6 +181,70 @@ def test_4_4_a_cut_zeroes_from_the_back_to_the_front() -> None:
     assert file.offsets == sorted(file.offsets, reverse=True) and len(file.offsets) > 2 and file.offsets[-1] == 100
 
 
+async def test_etcd_6368_a_new_segment_and_its_rows_have_durable_names_and_their_whole_size() -> None:
+    files = CrashFiles()
+    format_folder(env_of(files), FOLDER, IDENTITY)
+    create_segment(files, FOLDER, SEGMENT, SEGMENT)
+    files.lose_power(False)
+    assert files.open(f"{FOLDER}/log/{segment_name(SEGMENT)}").size() == SEGMENT
+    assert files.exists(f"{FOLDER}/rows/{segment_name(SEGMENT)}")
+
+
+async def test_4_6_a_row_is_written_only_of_what_the_sync_has_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Entries go on being written while a sync runs."""
+    store = await fresh(test_env(tmp_path), tmp_path)
+    await append(store, ENTRIES[:3])
+
+    async def sync(file: RealFile) -> None:
+        await trio.lowlevel.checkpoint()
+        store.accept(ENTRIES[3:5])
+        store.write()
+
+    monkeypatch.setattr("runtime.files.RealFile.sync", sync)
+    assert await store.sync() == 3 and store.written_index == 5
+    assert (tmp_path / "rows" / segment_name(0)).stat().st_size == 3 * ROW_BYTES
+    store.abandon()
+
+
+async def test_4_6_a_lost_end_that_the_durable_mark_proves_is_damage(tmp_path: Path) -> None:
+    await write_log(tmp_path, ENTRIES)
+    last_base = ENTRIES[-1].position // SEGMENT * SEGMENT
+    path = tmp_path / "log" / segment_name(last_base)
+    path.write_bytes(bytes(SEGMENT))
+    (tmp_path / "rows" / segment_name(last_base)).write_bytes(b"")
+    (fault,) = recover_log(RealFiles(), str(tmp_path), SEGMENT, 60).faults
+    assert fault.is_open and fault.last_index == 60
+    assert recover_log(RealFiles(), str(tmp_path), SEGMENT, 0).faults == [], "zeros prove nothing"
+
+
+async def test_4_6_a_lost_end_that_a_side_row_proves_is_damage(tmp_path: Path) -> None:
+    await write_log(tmp_path, ENTRIES)
+    last_base = ENTRIES[-1].position // SEGMENT * SEGMENT
+    (tmp_path / "log" / segment_name(last_base)).write_bytes(bytes(SEGMENT))
+    (fault,) = recover_log(RealFiles(), str(tmp_path), SEGMENT, 0).faults
+    assert fault.is_open and fault.last_index == 60
+
+
+async def test_4_6_an_end_that_the_disk_does_not_give_back_is_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without any other evidence: unreadable is never absent."""
+    await write_log(tmp_path, ENTRIES[:5], mark=False)
+    (tmp_path / "rows" / segment_name(0)).write_bytes(b"")
+    there = RealFile.pread
+
+    def pread(file: RealFile, nbytes: int, offset: int) -> bytes:
+        if file.path.endswith(f"log/{segment_name(0)}") and offset + nbytes > 4096:
+            raise OSError(errno.EIO, "Input/output error")
+        return there(file, nbytes, offset)
+
+    monkeypatch.setattr("runtime.files.RealFile.pread", pread)
+    (fault,) = recover_log(RealFiles(), str(tmp_path), SEGMENT, 0).faults
+    assert fault.is_open
+
+
 # Reading
 
 
@@ -280,6 +346,18 @@ def test_4_6_a_repair_is_walked_by_the_next_recovery_and_keeps_no_wrong_row(dama
     rows.close()
 
 
+def test_4_6_damaged_bytes_are_kept_aside_before_they_are_overwritten(damaged: tuple[str, FaultyRange]) -> None:
+    folder, fault = damaged
+    path = Path(folder) / "log" / segment_name(0)
+    content = bytearray(path.read_bytes())
+    content[fault.position : fault.end] = junk = b"?" * (FIRST[3].end - FIRST[2].position)
+    path.write_bytes(content)
+    write_repair(RealFiles(), folder, SEGMENT, fault, FIRST[2:4])
+    (kept,) = (Path(folder) / QUARANTINE_FOLDER).iterdir()
+    assert kept.read_bytes() == junk
+    assert path.read_bytes()[FIRST[2].position : FIRST[3].end] == FIRST[2].frame + FIRST[3].frame
+
+
 def test_4_6_what_is_kept_aside_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dledger.store.quarantine.QUARANTINE_BYTES_MAX", 1000)
     files = RealFiles()
@@ -313,6 +391,15 @@ async def staged(tmp_path: Path, manifest: Manifest, chunks: dict[int, bytes]) -
         data = chunks[base][offset : offset + nbytes]
         staging.put(base, offset, data, crc32(data))
     return staging
+
+
+async def test_4_7_nothing_is_installed_before_everything_is_there(tmp_path: Path) -> None:
+    manifest, _ = await given(tmp_path)
+    format_folder(test_env(tmp_path / "taker"), str(tmp_path / "taker"), IDENTITY)
+    staging = Staging.open(RealFiles(), str(tmp_path / "taker"), manifest)
+    with pytest.raises(LogDamaged, match="not all of the log"):
+        staging.finish(None)
+    staging.close()
 
 
 async def test_4_7_segments_received_form_one_chain(tmp_path: Path) -> None:
