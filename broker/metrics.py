@@ -158,8 +158,7 @@ def _counter_families(statistics: GroupStatistics, labels: Mapping[str, str]) ->
     from prometheus_client.core import CounterMetricFamily
 
     for name, value in sorted(statistics.counters.items()):
-        known = {"elections_won": "dledger_elections"}.get(name, f"dledger_{name}")
-        yield _counter(known, name.replace("_", " ").capitalize() + ".", labels, value)
+        yield _counter(f"dledger_{name}", name.replace("_", " ").capitalize() + ".", labels, value)
     for name, text, values in (
         ("dledger_steps_down", "Times this node gave up leadership.", statistics.steps_down),
         ("dledger_pre_votes_refused", "Pre-votes this node refused.", statistics.pre_votes_refused),

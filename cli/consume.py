@@ -80,6 +80,8 @@ async def _consume(
                     return
                 if timeout is not None:
                     waiting.deadline = env.clock.monotonic() + timeout
+        if taken == 0:
+            await mq.admin.cluster()  # nobody there is not the same as nothing there
     if count is not None:
         raise Failure(f"{taken} of {count} messages within the time", GAVE_UP_WAITING, received=taken)
 

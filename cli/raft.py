@@ -66,15 +66,22 @@ class ReachedCluster:
         if name is None:
             if len(self.groups) > 1:
                 raise Failure(f"which raft group? There are {names}", USAGE)
-            return self.groups[0]
+            return answering(self.groups)[0]
         for group in self.groups:
             if group.name == name:
-                return group
+                return answering([group])[0]
         raise Failure(f'no raft group "{name}"; there are {names}', USAGE)
 
     def split(self, text: str) -> tuple[GroupView, str]:
-        """'n1' or 'broker-a/n1'. Raises Failure."""
+        """'n1', 'broker-a/n1', or 'b-n1' as other verbs call it. Raises Failure."""
+        from cluster.config import short_name
+
         group_name, slash, node = text.rpartition("/")
+        if not slash and len(self.groups) > 1:
+            for group in self.groups:
+                stem, dash, number = text.rpartition("-")
+                if dash and stem in (group.name, short_name(group.name)):
+                    return self.group(group.name), number
         return self.group(group_name if slash else None), node
 
     def node(self, text: str) -> tuple[GroupView, NodeView]:
@@ -85,6 +92,15 @@ class ReachedCluster:
             there = ", ".join(str(each.node_id) for each in group.answering) or "none"
             raise Failure(f"node {name} of {group.name} does not answer; those that do: {there}", NOBODY_REACHED)
         return group, node
+
+
+def answering(groups: list[GroupView]) -> list[GroupView]:
+    """The same groups. Raises Failure where no node of any of them answers."""
+    silent = [node for group in groups for node in group.nodes]
+    if silent and not any(group.answering for group in groups):
+        reasons = "; ".join(str(node.reason) for node in silent)
+        raise Failure(f"could not reach anybody: {reasons}", NOBODY_REACHED)
+    return groups
 
 
 @asynccontextmanager
@@ -130,7 +146,7 @@ def list_groups(namesrv: str | None, data_path: str | None, config_path: str | N
 
 async def _list(target: Target, as_json: bool) -> None:
     async with reached(target) as cluster:
-        rows = [_group_row(group) for group in cluster.groups]
+        rows = [_group_row(group) for group in answering(cluster.groups)]
     if as_json:
         print_json(rows)
     else:

@@ -193,7 +193,7 @@ class ClusterConfig:
         for number, group in enumerate(self.groups):
             for node in group.present:
                 yield Node(
-                    name=node.name if number == 0 else f"{_short(group.name)}-{node.name}",
+                    name=node.name if number == 0 else f"{short_name(group.name)}-{node.name}",
                     kind="broker",
                     group=group.name,
                     id=node.name,
@@ -222,7 +222,7 @@ class ClusterConfig:
         return tuple(str(namesrv.advertise or namesrv.listen) for namesrv in self.namesrvs)
 
 
-def _short(group_name: str) -> str:
+def short_name(group_name: str) -> str:
     """'b' for 'broker-b': nodes of the second group are called b-n0."""
     return group_name.removeprefix("broker-") or group_name
 

@@ -30,6 +30,8 @@ async def scrape(node: BrokerNode) -> Samples:
     for family in text_string_to_metric_families(received.partition(b"\r\n\r\n")[2].decode()):
         for sample in family.samples:
             found.setdefault(sample.name, []).append((sample.labels, sample.value))
+    for name, samples in found.items():  # a scraper takes none of them where one is there twice
+        assert len({frozenset(labels.items()) for labels, _ in samples}) == len(samples), name
     return found
 
 
