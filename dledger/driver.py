@@ -623,7 +623,7 @@ class Driver:
             case fx.NeedSegments(leader, first_index):
                 self._need_segments(leader, first_index)
             case fx.Recovered(term):
-                self._log.info("log confirmed after a power loss: this node votes normally again", term=term)
+                self._log.info("a leader has confirmed the log: this node votes as others do again", term=term)
                 self._recovered_kick.set()
             case fx.Fatal(reason):
                 raise CoreStopped(reason)

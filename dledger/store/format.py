@@ -54,7 +54,10 @@ def read_format(files: Files, folder: str) -> Format | None:
             version=int(version),
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{path} is damaged ({error}); restore the folder or format a new one") from error
+        raise FormatError(
+            f"{path} is damaged ({error}); put it back, or move the node's folder away and start it with --join: its "
+            "peers fill it"
+        ) from error
 
 
 def write_format(files: Files, folder: str, wanted: Format) -> None:

@@ -32,6 +32,10 @@ SLOTS = 4
 FLAG_CLEAN = 1
 FLAG_RECOVERING = 2
 
+_FORGOT = (
+    "without term and vote this node must not start; move its folder away and start it with --join: its peers fill it"
+)
+
 _SLOT = struct.Struct("<IIBBHQQQ8s4s16s")
 assert _SLOT.size == SLOT_BYTES
 
@@ -144,7 +148,7 @@ class MetaFile:
         try:
             file = files.open(path)
         except FileNotFoundError:
-            raise MetaDamaged(f"{path} is missing: without term and vote this node must not start") from None
+            raise MetaDamaged(f"{path} is missing: {_FORGOT}") from None
         own = identity_of(identity)
         found = []
         for number in range(SLOTS):
@@ -160,7 +164,7 @@ class MetaFile:
             found.append(slot[0])
         if not found:
             file.close()
-            raise MetaDamaged(f"all slots of {path} are unreadable: without term and vote this node must not start")
+            raise MetaDamaged(f"all slots of {path} are unreadable: {_FORGOT}")
         return cls(file, own, max(found, key=lambda meta: meta.sequence))
 
     @property

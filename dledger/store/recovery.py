@@ -138,7 +138,7 @@ def _open_all(files: Files, folder: str, segment_bytes: int, base: BaseRecord) -
     if bases and there[0] > first_base and not base.index:
         raise LogDamaged(
             f"the log begins with segment {segment_name(there[0])} and the record of what lay before it is missing;"
-            " copy the data folder of a healthy peer"
+            " move the node's folder away and start it with --join: its peers fill it"
         )
     if below := [each for each in there if each < first_base]:
         remove_segments(files, folder, below)  # a trim that was cut short
