@@ -24,7 +24,7 @@ from dledger.open_batch import BATCH_BYTES_MAX, BATCH_RECORDS_MAX, OpenBatch
 from dledger.retention import Retention, encode_trim
 from dledger.store.log_store import LogStore
 from dledger.store.manifest import SegmentInfo
-from dledger.store.meta import MetaFile
+from dledger.store.meta import Meta, MetaFile
 from runtime.logs import get_logger
 from runtime.testing import test_env, wait_until
 from tests.unit.dledger.dledger_toy import Node, ToyMachine, toy_env
@@ -139,10 +139,35 @@ async def test_4_6_a_damaged_log_of_one_is_not_served(tmp_path: Path) -> None:
             await node.run_here()
 
 
+async def test_4_6_a_damaged_log_is_mended_before_it_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def noting(what: str) -> Any:
+        async def note(*_: object) -> None:
+            await trio.lowlevel.checkpoint()
+            done.append(what)
+
+        return note
+
+    async def opened(*_: object) -> Any:
+        await trio.lowlevel.checkpoint()
+        faults = ["entry 3 is damaged"] if not done else []
+        return SimpleNamespace(abandon=lambda: done.append("closed")), SimpleNamespace(faults=faults)
+
+    peers = {"n0": ("127.0.0.1", 1), "n1": ("127.0.0.1", 2)}
+    group = a_group(tmp_path, format_if_empty=True, peers=peers)
+    identity = await group._identify()
+    monkeypatch.setattr("dledger.group.LogStore.open", opened)
+    monkeypatch.setattr(group, "_mend", noting("mended"))
+    monkeypatch.setattr(group, "_serve", noting("served"))
+    for _ in range(2):
+        await group._run_once(cast(Any, SimpleNamespace(saved=Meta())), identity, trio.TASK_STATUS_IGNORED)
+    assert done == ["mended", "closed", "served", "closed"]
+
+
 def a_group(folder: Path, **settings: Any) -> RaftGroup:
-    config = GroupConfig(
-        cluster="c", group="g", node_id="n0", peers={"n0": ("127.0.0.1", 1)}, data_dir=str(folder), **settings
-    )
+    peers = settings.pop("peers", {"n0": ("127.0.0.1", 1)})
+    config = GroupConfig(cluster="c", group="g", node_id="n0", peers=peers, data_dir=str(folder), **settings)
     return RaftGroup(test_env(folder), config, ToyMachine(), get_logger("test"))
 
 
