@@ -334,7 +334,7 @@ def broker_config(assignment: Assignment) -> BrokerConfig:
                 secret=secret.encode() if secret is not None else None,
                 format_if_empty=assignment.is_format_allowed,
                 join=assignment.is_join_allowed,
-                cluster_uuid=assignment.cluster_uuid,
+                cluster_uuid=assignment.cluster_uuid or group.identity,
                 priorities={peer.name: peer.priority for peer in group.nodes if peer.priority},
                 retention_hours=group.retention_hours,
                 delete_hour=group.delete_hour,

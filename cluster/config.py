@@ -139,6 +139,9 @@ class GroupSection:
     fetch_bytes_per_second: int = _setting(50_000_000, "how fast a node gives log files to one that needs them")
     warm: bool = _setting(False, "touch the pages of a new log file before it is written to", "warmMapedFileEnable")
     mlock: bool = _setting(False, "keep the log file that is written to in memory")
+    identity: str | None = _setting(
+        None, "`cluster_uuid` of a member's `format.json`; for `serve --join`, once a founder's `peer` has changed"
+    )
     nodes: tuple[NodeSection, ...] = field(factory=tuple, metadata={"help": "its brokers", "mirrors": ""})
 
     @property

@@ -76,3 +76,19 @@ def test_nodes_that_dial_each_other_differently_are_one_cluster() -> None:
     assert groups[0].dial == {"n1": ("127.0.0.1", 7001)}
     assert len({group.effective_cluster_uuid for group in groups}) == 1
     assert len({group.group_uuid for group in groups}) == 1
+
+
+def test_a_node_that_joins_after_a_founder_moved_is_told_which_cluster_it_is() -> None:
+    """It would derive another identity than the one the others were formatted with."""
+
+    def uuid_of(text: str) -> str:
+        config = parse(text, "cluster.toml")
+        assignment = serve.Assignment(
+            config=config, node=config.find("n1"), layout=Layout("/nowhere"), is_format_allowed=False
+        )
+        return serve.broker_config(assignment).group.effective_cluster_uuid
+
+    founded = uuid_of(DIALLED)
+    moved = DIALLED.replace("127.0.0.1:40911", "127.0.0.1:50911")
+    assert uuid_of(moved) != founded
+    assert uuid_of(moved.replace('name = "broker-a"', f'name = "broker-a"\nidentity = "{founded}"')) == founded
