@@ -465,6 +465,9 @@ class RaftGroup:
                     reopen = error  # not through the nursery: a cancellation meanwhile would come out beside it
                 nursery.cancel_scope.cancel()
             if reopen is not None:
+                if config.flush == "async":
+                    # What was written was acknowledged: none of it may pass for a torn tail, should it be damaged.
+                    await meta.save_mark(store.written_index)
                 raise reopen
         except LocalError as error:
             raise CoreStopped(str(error)) from error

@@ -413,7 +413,7 @@ class LogStore(LogReader):
             last = self._segments[count].first_index - 1
             try:
                 base = await self._env.run_in_thread(self._base_at, last)
-                await self._env.run_in_thread(write_base, self._env.files, self._folder, base)
+                await self._write_base(base)
                 removed, self._segments[:count] = self._segments[:count], []
                 self._base = base
                 self.first_index = last + 1
@@ -437,6 +437,19 @@ class LogStore(LogReader):
             for segment in removed:
                 segment.retire()
 
+    async def _write_base(self, base: BaseRecord) -> None:
+        """On a full disk the spare makes room: what is trimmed gives back more than that."""
+        files, folder = self._env.files, self._folder
+        try:
+            await self._env.run_in_thread(write_base, files, folder, base)
+        except OSError as error:
+            if error.errno not in DISK_FULL or self._spare is None:
+                raise
+            spare, self._spare = self._spare, None
+            spare.retire()
+            await self._env.run_in_thread(remove_segments, files, folder, [spare.base])
+            await self._env.run_in_thread(write_base, files, folder, base)
+
     def _base_at(self, index: int) -> BaseRecord:
         term, head_crc = self.term_at(index), self.head_crc_at(index)
         assert term is not None and head_crc is not None
@@ -453,6 +466,6 @@ class LogStore(LogReader):
         self.abandon()
 
     def abandon(self) -> None:
-        """Close the files as they are, as a killed process would."""
+        """Close the files as they are, as a killed process would; those a thread reads from, when it has ended."""
         for segment in [*self._segments, *([self._spare] if self._spare is not None else [])]:
-            segment.close()
+            segment.retire()

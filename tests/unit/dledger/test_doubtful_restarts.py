@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from dledger.core.membership import AddLearner, Remove
-from dledger.errors import StoreFailed
+from dledger.errors import LogDamaged, StoreFailed
 from dledger.store.checkpoint import read_checkpoint, write_checkpoint
 from dledger.store.format import Format
 from dledger.store.meta import MetaFile, format_meta
@@ -69,6 +69,33 @@ async def test_node_whose_sync_failed_recovers_first(tmp_path: Path, monkeypatch
         for other in others:
             await other.start()
         await toy.put(b"three")
+        await wait_until(lambda: not node.running.statistics().recovering, what="the leader's confirmation")
+
+
+async def test_acknowledged_entries_that_turn_out_damaged_before_their_sync_are_no_torn_tail(tmp_path: Path) -> None:
+    async with cluster(tmp_path, flush_interval_ms=60_000) as toy:
+        await toy.put(b"one")
+        await toy.level()
+        node = await a_follower(toy)
+        others = [other for other in toy.alive() if other is not node]
+        for other in others:
+            await other.kill()
+        driver = node.running._driver
+        assert driver is not None and driver.store.durable_index < driver.store.written_index == 2
+        path = node.folder / "log" / "00000000000000000000"
+        data = bytearray(path.read_bytes())
+        position = driver.store.position_of(2)
+        assert position is not None
+        data[position + 70] ^= 1
+        with path.open("r+b") as file:
+            file.write(data)
+        driver.damaged(LogDamaged("met by a read"))
+        await wait_until(lambda: node.running.state == "repairing", what="the repair")
+        for other in others:
+            await other.start()
+        await toy.put(b"two")
+        await toy.level()
+        assert node.machine.applied == others[0].machine.applied
         await wait_until(lambda: not node.running.statistics().recovering, what="the leader's confirmation")
 
 

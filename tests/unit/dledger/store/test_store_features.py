@@ -143,6 +143,46 @@ async def test_trim_keeps_the_chain_comparable_and_maps_valid(tmp_path: Path) ->
         await reopened(tmp_path)
 
 
+async def test_trim_on_a_full_disk_makes_its_own_room_or_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is what gives room back, so it must neither end the node nor need room that is not there."""
+    store = await fresh(test_env(tmp_path), tmp_path)
+    await append(store, ENTRIES)
+    await store.sync()
+    assert store._spare is not None
+    files, spare = RealFiles(), store._spare.file.path
+    write_atomic, left = RealFiles.write_atomic, [0]
+
+    def full(each: RealFiles, path: str, data: bytes) -> None:
+        if "base" in path and (files.exists(spare) or left):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_atomic(each, path, data)
+
+    monkeypatch.setattr(RealFiles, "write_atomic", full)
+    await store.trim(SEGMENT)
+    assert store.first_index == 1 and not files.exists(spare) and store.needs_spare
+    await store.prepare_spare()
+    left.clear()
+    await store.trim(SEGMENT)
+    assert store.first_position == SEGMENT and not files.exists(spare)
+    await store.prepare_spare()
+    assert read_all(store) == ENTRIES[store.first_index - 1 :]
+    await store.close()
+    assert read_all(await reopened(tmp_path)) == ENTRIES[store.first_index - 1 :]
+
+
+async def test_files_of_an_abandoned_log_stay_open_while_a_thread_reads(tmp_path: Path) -> None:
+    """Else their descriptors might be another file's by then, and its bytes be taken for messages."""
+    store = await fresh(test_env(tmp_path), tmp_path)
+    await append(store, ENTRIES)
+    segment = store._segments[0]
+    segment.enter()
+    store.abandon()
+    assert segment.file.pread(64, 0) == ENTRIES[0].frame[:64]
+    segment.leave()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        segment.file.pread(64, 0)
+
+
 async def test_config_entries_are_found_without_a_walk(tmp_path: Path) -> None:
     framer = Framer()
     entries = []
