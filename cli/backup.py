@@ -191,7 +191,16 @@ class _Copy:
         self._files.write_atomic(f"{self._folder}/checkpoint", data)
 
     async def _chunk(self, nbytes: int, **where: int) -> bytes:
-        data, crc = await self._raft.backup_chunk(self._address, nbytes=nbytes, **where)
+        import quorate
+
+        try:
+            data, crc = await self._raft.backup_chunk(self._address, nbytes=nbytes, **where)
+        except quorate.RequestRefused as error:
+            raise Failure(
+                f"{self._address} does not have what is to be copied any more, as when old files are deleted meanwhile "
+                f"({error}); remove {self._folder} and try again",
+                CLUSTER_ANSWERED_ERROR,
+            ) from None
         if len(data) != nbytes or crc32(data) != crc:
             raise Failure(f"{len(data)} of {nbytes} bytes came, or damaged on the way; try again", CHECK_FAILED)
         self.copied += nbytes

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+import quorate
 from cli import raft
+from cli.backup import _Copy
 from cli.exits import Failure
 from cli.main import cli
 from cluster.raft_groups import GroupView, NodeView
+from runtime.real import real_env
 
 
 def node(group: str, number: int, *, leads: bool = False, **changes: Any) -> NodeView:
@@ -124,6 +128,18 @@ def test_a_voter_elsewhere_is_refused_and_a_stranger_is_not_removed(monkeypatch:
     result, administration = invoke(monkeypatch, [group_of("broker-a")], "remove-node", "n7", "--yes")
     assert (result.exit_code, "n7 is no member of broker-a" in result.output) == (2, True)
     assert administration.asked == []
+
+
+async def test_a_backup_that_a_trim_overtakes_says_so(tmp_path: Path) -> None:
+    class Trimmed:
+        async def backup_chunk(self, address: str, **where: int) -> tuple[bytes, int]:
+            raise quorate.RequestRefused(1, "not committed in one segment of the log", address)
+
+    said = {"committed_position": 4096, "first_position": 0}
+    client: Any = SimpleNamespace(admin=SimpleNamespace(raft=Trimmed()))
+    copy = _Copy(real_env().files, client, "127.0.0.1:1", str(tmp_path), said, is_shown=False)
+    with pytest.raises(Failure, match="does not have what is to be copied any more"):
+        await copy._chunk(4096, position=0)
 
 
 def test_a_group_that_is_not_there_is_named_with_those_that_are() -> None:
