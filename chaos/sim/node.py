@@ -350,7 +350,10 @@ class SimNode:
         world, raft = self._world, self.raft
         assert raft is not None
         self._is_fetching = False
-        if raft.leader != leader or raft.verified_index >= self._needed_until - 1:
+        if raft.is_leader or raft.verified_index >= self._needed_until - 1:
+            return
+        if raft.leader not in (None, leader):
+            self._fetch_log(raft.leader)  # one replica is as good as another; nobody asks us again to fetch
             return
         source = world.nodes[leader]
         can_fetch = source.raft is not None and not source.is_paused and not world.network.is_cut(self.name, leader)
