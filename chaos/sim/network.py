@@ -247,6 +247,9 @@ class Network:
                 line.busy_until = max(line.busy_until, at)
                 for _ in range(owed):
                     self._world.at(at, self._deliver, conn.epoch, conn, line)
+            if conn.is_up and not conn.is_accepted and not self.is_cut(source, target):
+                # Half open: only now can the next data be answered with a reset.
+                self._world.at(self._world.now + self._plan.latency + 0.2, self._reset_heard, conn.epoch, conn)
             self._dial(conn, 0.3 * conn.requests.rng.random())
 
     def _user_timeout(self, epoch: int, conn: Conn, is_dialer: bool) -> None:
