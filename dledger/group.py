@@ -164,7 +164,7 @@ class RaftGroup:
                 await self._run_once(meta, identity, task_status)
                 return
             except TablesLost as error:
-                if len(self.config.peers) == 1:
+                if len(self.config.peers) == 1 and not self.config.joined:
                     raise
                 self._lacks_tables, reason = True, str(error)
             except (Reopen, EntryDamaged) as error:
@@ -204,13 +204,24 @@ class RaftGroup:
         try:
             if recovered.faults or self._lacks_tables:
                 self.counters["faults"] += len(recovered.faults)
-                if len(self.config.peers) == 1:
+                if self._is_alone(store, recovered):
                     refuse_faults(recovered.faults)
                 await self._mend(store, recovered, meta, identity)
             else:
                 await self._serve(store, recovered, meta, identity, task_status)
         finally:
             store.abandon()
+
+    def _is_alone(self, store: LogStore, recovered: RecoveredLog) -> bool:
+        """Whether nobody could mend this log: neither the configuration nor the log knows another member."""
+        config = self.config
+        if len(config.peers) > 1 or config.joined:
+            return False
+        checkpoint = read_checkpoint(self._env.files, config.data_dir, up_to=recovered.last.index)
+        try:
+            return self._known_members(store, checkpoint)[-1][1].all == (config.node_id,)
+        except LogDamaged:  # the change of members is what is damaged
+            return True
 
     async def _identify(self) -> Format:
         """The folder's format: checked, or made where that is asked for."""
@@ -465,7 +476,7 @@ class RaftGroup:
                     reopen = error  # not through the nursery: a cancellation meanwhile would come out beside it
                 nursery.cancel_scope.cancel()
             if reopen is not None:
-                if config.flush == "async":
+                if config.flush == "async" and self._pulled is None:
                     # What was written was acknowledged: none of it may pass for a torn tail, should it be damaged.
                     await meta.save_mark(store.written_index)
                 raise reopen

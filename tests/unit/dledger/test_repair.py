@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import trio
 
+from dledger.core.membership import AddLearner, Promote
 from dledger.core.types import FRAME_MAGIC, HEADER_BYTES, parse_entry
 from dledger.errors import LogDamaged
 from runtime.testing import wait_until
@@ -294,6 +295,26 @@ async def test_damaged_entries_that_no_quorum_can_have_are_given_up(tmp_path: Pa
         assert old.running.statistics().counters["cut_as_damaged"] == 1
         assert not [record for record in old.machine.applied if record.startswith(b"alone")]
         await wait_until(lambda: not old.running.statistics().recovering, what="the leader's confirmation")
+
+
+async def test_founder_of_a_group_that_has_grown_is_mended_by_those_who_joined(tmp_path: Path) -> None:
+    """Its configuration knows nobody else, but its log does."""
+    async with cluster(tmp_path, 1, cluster_uuid="u" * 32, founders=("n0",)) as toy:
+        await fill(toy, 14)
+        node, newcomer = toy.nodes["n0"], await toy.add("n1")
+        await node.running.change_members(AddLearner("n1", toy.peers["n1"]))
+        await toy.level()
+        await node.running.change_members(Promote("n1"))
+        await toy.level()
+        assert node.running.config.peers.keys() == {"n0"}
+        await node.stop()
+        flip_body(node)
+        await node.start()
+        await toy.put(b"more")
+        await toy.level()
+        assert_identical(toy)
+        assert node.running.statistics().counters["repairs"] == 1
+        assert newcomer.running.statistics().counters["repairs"] == 0
 
 
 async def test_single_node_with_damage_refuses_with_its_sentence(tmp_path: Path) -> None:
