@@ -84,6 +84,7 @@ LAG_SAMPLES_MAX = 2400
 """Ten minutes of where the log ended: what the lag of a peer in seconds is told from."""
 APP_MESSAGES_MAX = 4096
 APP_BYTES_MAX = 64 * 1024 * 1024
+STOPS = "this node stops"
 OLD_PEER = "a connected member runs an older version; upgrade it first"
 
 
@@ -231,6 +232,7 @@ class Driver:
         self._is_stopping = False
         self._leaving: str | None = None
         self._is_broken = False
+        self._has_ended = False
         self._app_bytes = 0
 
         self._task: trio.lowlevel.Task | None = None
@@ -307,6 +309,9 @@ class Driver:
     def transfer(self, target: str | None, told: Told | None = None) -> None:
         """Hand leadership to `target`, or to the most advanced member. Ends within an election timeout."""
         if told is not None:
+            if self._has_ended:
+                told(STOPS)
+                return
             self._transfer_wanted.append(told)
         self._transfer = (target,)
         self.wake()
@@ -316,6 +321,9 @@ class Driver:
 
         All calls up to the next turn share one round to the other members. Refused where this node does not lead.
         """
+        if self._has_ended:
+            told(STOPS)
+            return
         self._reads.ask(told)
         self.wake()
 
@@ -367,6 +375,9 @@ class Driver:
             raise NotLeader(self.leader_id)
 
     def _log_own(self, entry_type: EntryType, make_body: Callable[[], bytes], told: Told) -> None:
+        if self._has_ended:
+            told(STOPS)
+            return
         if len(self._own) >= OWN_WAITING_MAX:
             told("too many changes wait to be logged")
             return
@@ -911,15 +922,17 @@ class Driver:
             if self._leaving is not None and not self._is_stopping:
                 await self._hand_over()
             nursery.cancel_scope.cancel()
+        # The tasks of peers and clients end after this one: what they still bring is no turn's any more.
+        self._is_broken = self._has_ended = True
         for staged in self.batch.stop(None):
             self._machine.discard(staged)
         for each in self._staged:
             self._orphan(each)
-        self._reads.stop("this node stops")
+        self._reads.stop(STOPS)
         self._outcomes.lost("this node stops; the outcome is unknown")
-        self._tell_transfer("this node stops")
-        for told in self._transfer_wanted:
-            told("this node stops")
+        self._tell_transfer(STOPS)
+        for told in [*self._transfer_wanted, *(told for _, _, told in self._own)]:
+            told(STOPS)
         self._machine.turn_done()
         self._machine.stopped()
         await trio.lowlevel.checkpoint_if_cancelled()  # whoever ends us does not want to hear of it any more

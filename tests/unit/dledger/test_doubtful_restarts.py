@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from dledger.core.membership import AddLearner, Remove
-from dledger.errors import LogDamaged, StoreFailed
+from dledger.errors import LedgerError, LogDamaged, StoreFailed
 from dledger.store.checkpoint import read_checkpoint, write_checkpoint
 from dledger.store.format import Format
 from dledger.store.meta import MetaFile, format_meta
@@ -164,3 +164,33 @@ async def test_checkpoint_under_way_is_written_before_the_log_is_opened_anew(
             go_on.set()
         assert not is_early, "not restored again while the thread writes"
         await wait_until(lambda: node.machine.restored[-1] == blob, what="the tables of the checkpoint")
+
+
+async def test_whoever_waits_for_a_change_of_members_hears_that_the_node_stops(tmp_path: Path) -> None:
+    async with cluster(tmp_path, 1) as toy:
+        await toy.put(b"one")
+        group = toy.nodes["n0"].running
+        assert group._driver is not None
+        group._driver.stop()
+        with trio.fail_after(3), pytest.raises(LedgerError, match="stops"):
+            await group.change_members(AddLearner("n5", ("127.0.0.1", 9)))
+
+
+async def test_news_behind_the_end_of_a_run_change_nothing(tmp_path: Path) -> None:
+    """The machine may be restoring its tables already when a connection that is about to close brings something."""
+    async with cluster(tmp_path) as toy:
+        await toy.put(b"one")
+        node = await a_follower(toy)
+        driver = node.running._driver
+        assert driver is not None
+        driver.reopen("test")
+        await wait_until(lambda: node.running._driver is None, what="the end of the run")
+        turns, before = node.machine.turns, driver.turns
+        driver.on_app_message("n1", b"late")
+        driver.pump()
+        assert (driver.turns, node.machine.turns, node.machine.messages) == (before, turns, [])
+        told: list[str | None] = []
+        driver.read_index(told.append)
+        driver.transfer(None, told.append)
+        driver.change_members(Remove("n2"), told.append)
+        assert told == ["this node stops"] * 3, "at once: there is no other turn in which to tell them"
