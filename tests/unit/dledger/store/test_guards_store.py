@@ -181,6 +181,18 @@ def test_4_4_a_cut_zeroes_from_the_back_to_the_front() -> None:
     assert file.offsets == sorted(file.offsets, reverse=True) and len(file.offsets) > 2 and file.offsets[-1] == 100
 
 
+async def test_4_2_a_cut_and_the_end_of_its_evidence_are_on_stable_storage_when_it_returns() -> None:
+    """The answer that follows says that these entries are gone."""
+    files = await built(ENTRIES[:8])
+    store, _ = await opened_in_memory(files)
+    assert store._meta.saved.durable_index == 8
+    await store.cut(5)
+    files.lose_power(False)
+    store, recovered = await opened_in_memory(files)
+    assert not recovered.faults and read_all(store) == ENTRIES[:4]
+    assert store._meta.saved.durable_index == 4
+
+
 async def test_etcd_6368_a_new_segment_and_its_rows_have_durable_names_and_their_whole_size() -> None:
     files = CrashFiles()
     format_folder(env_of(files), FOLDER, IDENTITY)
