@@ -192,8 +192,8 @@ async def test_4_15_a_removed_peers_connections_are_closed(tmp_path: Path) -> No
         await connected(found)
         one = found[0]
         one.peers.set_members({"n0": one.listener.address})
-        await wait_until(lambda: not one.peers.is_connected("n1"), what="our connection to be closed")
-        await wait_until(lambda: not one.peers._accepted, what="its connection to be closed")
+        await wait_until(lambda: not one.peers.is_connected("n1"), limit=2, what="our connection to be closed")
+        await wait_until(lambda: not one.peers._accepted, limit=2, what="its connection to be closed")
 
 
 # What is given to peers
