@@ -332,15 +332,30 @@ def _find_end(reader: FrameReader, rows: _SegmentRows, offset: int, is_foreign: 
 
 
 def _chain_leads_on(reader: FrameReader, entry: Entry, following: Segment | None, walk: Walk) -> bool:
-    """Whether the frames from `entry` on form a chain into the next segment."""
-    head = frame_at_start(following) if following is not None else None
-    if head is None:
+    """Whether the frames from `entry` on form a chain into the next segment, one that its own side rows do not deny:
+    two older copies in a row lead on, too."""
+    if following is None or (head := frame_at_start(following)) is None:
+        return False
+    if _is_denied(following, head):
         return False
     current: Entry | None = entry
     while current is not None:
         if head.prev_crc == current.head_crc and head.index == current.index + 1:
             return True
         after = reader.entry_at(current.end % walk.segment_bytes) if current.end % walk.segment_bytes else None
+        current = after if after is not None and after.prev_crc == current.head_crc else None
+    return False
+
+
+def _is_denied(segment: Segment, head: Entry) -> bool:
+    """Whether side rows tell of other entries than the frames from `head`, the first one, on."""
+    reader, rows = FrameReader(segment), _SegmentRows(segment)
+    current: Entry | None = head
+    while current is not None:
+        if isinstance(rows.about(current, row_of(current)), Row) or rows.deny(current):
+            return True
+        offset = current.end - segment.base
+        after = reader.entry_at(offset) if offset < segment.nbytes else None
         current = after if after is not None and after.prev_crc == current.head_crc else None
     return False
 
