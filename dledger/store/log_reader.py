@@ -140,14 +140,18 @@ class LogReader:
         """Walk a segment for an entry whose side row is damaged, and write the row again."""
         segment = self._segment_of(index)
         position = segment.base
-        while True:
-            # To the segment's end: where the log ends may be what that row was to tell.
-            for entry in segment.read_frames(position, segment.end, _WALK_BYTES):
-                if entry.index == index:
-                    with suppress_disk_full():
-                        segment.write_rows(index, row_of(entry))
-                    return Row(index, entry.term, entry.position, len(entry.frame), entry.head_crc)
-                position = entry.end
+        try:
+            while True:
+                # To the segment's end: where the log ends may be what that row was to tell.
+                for entry in segment.read_frames(position, segment.end, _WALK_BYTES):
+                    if entry.index == index:
+                        with suppress_disk_full():
+                            segment.write_rows(index, row_of(entry))
+                        return Row(index, entry.term, entry.position, len(entry.frame), entry.head_crc)
+                    position = entry.end
+        except LogDamaged as error:
+            fault = FaultyRange(index, index, position, None, 0, None, str(error))
+            raise self._met(EntryDamaged(fault), segment) from error
 
     def _read_entries(self, from_index: int, max_bytes: int) -> Sequence[Entry]:
         row = self._row(from_index)

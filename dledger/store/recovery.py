@@ -17,12 +17,12 @@ from __future__ import annotations
 
 from attrs import field, frozen
 
-from dledger.core.types import HEADER_BYTES, BadFrame, parse_entry, unpack_header
+from dledger.core.types import HEADER_BYTES, BadFrame, unpack_header
 from dledger.errors import LogDamaged
 from dledger.store.base import BaseRecord, read_base
 from dledger.store.faults import FaultyRange, clear_suspects, read_suspects
 from dledger.store.format import LOG_FOLDER, ROWS_FOLDER
-from dledger.store.rows import ROW_BYTES, Row, last_row, read_row
+from dledger.store.rows import ROW_BYTES, last_row, read_row
 from dledger.store.segments import (
     Segment,
     open_segment,
@@ -32,7 +32,8 @@ from dledger.store.segments import (
     segment_bases,
     segment_name,
 )
-from dledger.store.walk import READ_AHEAD, LastEntry, Walk, keep_rows, walk_segment
+from dledger.store.survey import Survey, row_fits_frame
+from dledger.store.walk import READ_AHEAD, LastEntry, Walk, complete_rows, keep_rows, walk_segment
 from runtime.model import Files
 
 __all__ = ["LastEntry", "RecoveredLog", "recover_log"]
@@ -92,15 +93,17 @@ def _recover(
     )
     start = walk.last
     suspects = read_suspects(files, folder)
+    survey = Survey(segments)
     expected = first_base
     for number, segment in enumerate(segments):
         following = segments[number + 1] if number + 1 < len(segments) else None
         if segment.base != expected:
-            walk.open_hole(f"segment {segment_name(expected)} is missing", contradicts=True)
+            walk.open_hole(f"segment {segment_name(expected)} is missing", contradicts=True, is_missing=True)
         expected = segment.end
         if segment.base in suspects or not _is_complete(segment, following, walk):
-            walk_segment(segment, following, walk)
+            walk_segment(segment, survey.standing(number), walk)
     faults, end, is_open = _judge(walk)
+    complete_rows(walk, faults, end)
     for gap in walk.dirty_gaps:
         if gap < end.end:
             _clean(segments, gap)
@@ -194,7 +197,7 @@ def _is_complete(segment: Segment, following: Segment | None, walk: Walk) -> boo
         and head.index == last.index + 1
         and head.prev_crc == last.head_crc
         and head.position == following.base
-        and _row_fits_frame(segment, last)
+        and row_fits_frame(segment, last)
     )
     if complete:
         segment.first_index = first.index
@@ -202,17 +205,6 @@ def _is_complete(segment: Segment, following: Segment | None, walk: Walk) -> boo
         end = LastEntry(last.index, last.term, last.head_crc, last.end)
         walk.take(segment, end, head.commit_hint, confirmed=True)
     return complete
-
-
-def _row_fits_frame(segment: Segment, row: Row) -> bool:
-    offset = row.position - segment.base
-    if not 0 <= offset <= segment.nbytes - row.length:
-        return False
-    try:
-        entry = parse_entry(read_around(segment.file, row.length, offset)[0])
-    except BadFrame:
-        return False
-    return entry.head_crc == row.head_crc and entry.index == row.index and entry.position == row.position
 
 
 def _judge(walk: Walk) -> tuple[list[FaultyRange], LastEntry, bool]:

@@ -3,7 +3,8 @@
 The walk knows the identity of the last good entry. A frame that continues it is taken; anything else opens a hole, and
 the walk looks for the next frame it can believe. A frame behind a hole is believed when its side row says the same, or
 when there is no row and the frames after it go on from it. Where intact frames contradict each other, one side is an
-older copy: then what no side row confirms before the hole belongs to it too.
+older copy: `dledger.store.survey` tells from behind which, as a frame proves what lies before it by its checksum and
+never what lies behind. Whatever neither a side row nor the survey confirms before the hole belongs to it too.
 
 The walk judges nothing: `dledger.store.recovery` decides with the evidence what is damage and what a torn tail.
 """
@@ -11,7 +12,7 @@ The walk judges nothing: `dledger.store.recovery` decides with the evidence what
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from attrs import define, field, frozen
 
@@ -45,6 +46,32 @@ class Hole:
     contradicts: bool
     """No bytes are damaged there: an end too early, or another log's frames."""
     unreadable: bool = False
+    is_missing: bool = False
+    """There is no file."""
+
+
+@define
+class Completion:
+    """Side rows to be written where no fault reaches back to their segment."""
+
+    segment: Segment
+    taken: dict[int, bytes]
+    there: bytes
+
+
+@frozen
+class Standing:
+    """What the believed first frame of the following segment says about a segment (see `dledger.store.survey`)."""
+
+    frames: bool = False
+    """The frames lead to it: they are of the log, all that are intact."""
+    rows: bool = False
+    """The side rows lead to it."""
+    is_superseded: bool = False
+    """Neither does, and nothing is damaged: the file is an older copy or another log's."""
+
+
+UNPROVEN = Standing()
 
 
 @define
@@ -66,9 +93,13 @@ class Walk:
     unreadable: list[bool] = field(factory=list)
     dirty_gaps: list[int] = field(factory=list)
     """Ends of entries behind which their segment should hold nothing but zeros."""
+    completions: list[Completion] = field(factory=list)
     _base: int = -1
-    _segment_start: LastEntry = field(factory=LastEntry)
+    _segment_starts: list[LastEntry] = field(factory=list)
     _confirmed: LastEntry = field(factory=LastEntry)
+
+    def __attrs_post_init__(self) -> None:
+        self._confirmed = self.last  # the base record's
 
     @property
     def evidence(self) -> int:
@@ -90,7 +121,7 @@ class Walk:
         """Go on behind an entry."""
         if self._base != segment.base:
             self._base = segment.base
-            self._segment_start = self._confirmed = self.last
+            self._segment_starts.append(self.last)
         if self.hole is not None:  # nothing is missing: only the gap at the end of the segment before is not clean
             self.dirty_gaps.append(self.hole.before.end)
             self.hole = None
@@ -99,19 +130,32 @@ class Walk:
         if confirmed:
             self._confirmed = last
 
-    def open_hole(self, reason: str, *, contradicts: bool, unreadable: bool = False) -> None:
+    def open_hole(self, reason: str, *, contradicts: bool, unreadable: bool = False, is_missing: bool = False) -> None:
         if self.hole is None:
-            self.hole = Hole(self.last, reason, contradicts, unreadable)
+            self.hole = Hole(self.last, reason, contradicts, unreadable, is_missing)
 
-    def close_hole(self, entry: Entry) -> bool:
-        """Take `entry` as the end of the hole; False where it cannot be that."""
+    @property
+    def front_is_confirmed(self) -> bool:
+        """Whether what lies before the hole is as good as proven and seems to be all there was."""
+        hole = self.hole
+        return hole is not None and hole.contradicts and not hole.is_missing and hole.before == self._confirmed
+
+    def close_hole(self, entry: Entry, *, proven: bool) -> bool:
+        """Take `entry` as the end of the hole; False where it cannot be that.
+
+        Whatever contradicts a `proven` entry gives way to it, however far back.
+        """
         hole = self.hole
         assert hole is not None
         before = hole.before
-        if hole.contradicts and before.index < self.evidence:
+        is_within = before.end > entry.position - entry.position % self.segment_bytes
+        if (hole.contradicts or not is_within) and before.index < self.evidence:
             before = self._confirmed
-            if not _has_room(before, entry):
-                before = self._segment_start  # nothing is missing in between: all of that segment is another log's
+            starts = self._segment_starts if proven else self._segment_starts[-1:]
+            for start in reversed(starts):
+                if _has_room(before, entry):
+                    break
+                before = min(before, start, key=_index)  # all of that segment is another log's
         faults, unreadable = len(self.faults), hole.unreadable
         while faults and before.index <= (self.faults[faults - 1].last_index or 0):
             faults -= 1  # the contradiction reaches back to an earlier hole: both are one
@@ -134,7 +178,15 @@ class Walk:
         self.before.append(before)
         self.unreadable.append(unreadable)
         self.hole = None
+        self.last = before
+        self._confirmed = min(self._confirmed, before, key=_index)
+        while self._segment_starts and self._segment_starts[-1].index > before.index:
+            self._segment_starts.pop()
         return True
+
+
+def _index(entry: LastEntry) -> int:
+    return entry.index
 
 
 def _has_room(before: LastEntry, entry: Entry) -> bool:
@@ -216,13 +268,13 @@ def frame_at_start(segment: Segment) -> Entry | None:
     return FrameReader(segment).entry_at(0)
 
 
-class _SegmentRows:
+class SegmentRows:
     """What the side rows of a segment say about its entries."""
 
     def __init__(self, segment: Segment) -> None:
         self.data, _ = read_around(segment.rows, segment.rows.size(), 0)
         self.first_index = 0
-        self._by_position: list[tuple[int, int, int]] | None = None
+        self._by_position: list[tuple[int, int, int, int]] | None = None
         for number in range(len(self.data) // ROW_BYTES):
             row = unpack_row(self.data, number * ROW_BYTES)
             if row is not None:
@@ -242,25 +294,34 @@ class _SegmentRows:
         return True if (row.head_crc, row.position) == (entry.head_crc, entry.position) else row
 
     def deny(self, entry: Entry) -> bool:
-        """Whether some row puts another entry on these bytes."""
+        """Whether some row puts another entry on these bytes, or has this one elsewhere."""
         if self._by_position is None:
             found = (unpack_row(self.data, offset) for offset in range(0, len(self.data), ROW_BYTES))
-            self._by_position = sorted((row.position, row.end, row.head_crc) for row in found if row is not None)
-        number = bisect_left(self._by_position, (entry.end, 0, 0))
+            self._by_position = sorted((row.position, row.end, row.index, row.head_crc) for row in found if row)
+        rows = self._by_position
+        number = bisect_left(rows, (entry.end, 0, 0, 0))
+        if number < len(rows) and rows[number][2] <= entry.index:
+            return True
         if number == 0:
             return False
-        position, end, head_crc = self._by_position[number - 1]
-        return end > entry.position and (position, head_crc) != (entry.position, entry.head_crc)
+        position, end, index, head_crc = rows[number - 1]
+        if end <= entry.position:
+            return index >= entry.index
+        return (position, head_crc) != (entry.position, entry.head_crc)
 
     def forget(self) -> None:
         self.data, self.first_index, self._by_position = b"", 0, []
 
 
-def walk_segment(segment: Segment, following: Segment | None, walk: Walk) -> None:
-    """Verify every frame of a segment, sync what is good, and complete its side rows where that is possible."""
+def walk_segment(segment: Segment, standing: Standing, walk: Walk) -> None:
+    """Verify every frame of a segment, sync what is good, and note the side rows that it should have."""
     reader = FrameReader(segment)
-    rows = _SegmentRows(segment)
+    rows = SegmentRows(segment)
     taken: dict[int, bytes] = {}
+    if standing.is_superseded:
+        walk.open_hole("an older copy or another log's segment", contradicts=True)
+        _finish(segment, rows, taken, False, walk)
+        return
     is_whole = walk.hole is None
     offset = 0
     is_foreign = False
@@ -272,7 +333,7 @@ def walk_segment(segment: Segment, following: Segment | None, walk: Walk) -> Non
             row = row_of(entry)
             verdict = rows.about(entry, row)
             if isinstance(verdict, Row):
-                if verdict.term < entry.term or _chain_leads_on(reader, entry, following, walk):
+                if not standing.rows and (standing.frames or verdict.term < entry.term):
                     rows.forget()  # an older copy of the rows: the frames are right
                     walk.rows_evidence.pop(segment.base, None)
                     verdict = None
@@ -283,11 +344,11 @@ def walk_segment(segment: Segment, following: Segment | None, walk: Walk) -> Non
             if walk.hole is None:
                 if not _open_hole(segment, offset, entry, walk):
                     break
-                is_foreign = entry is not None and entry.index <= walk.last.index + 1
+                is_foreign = entry is not None and entry.index <= walk.last.index + 1 and not standing.frames
             entry = None
         if entry is None:
             is_whole = False
-            entry = _find_end(reader, rows, offset, is_foreign, walk)
+            entry = _find_end(reader, rows, offset, is_foreign, standing, walk)
             if entry is None:
                 break
             offset = entry.position - segment.base
@@ -296,7 +357,7 @@ def walk_segment(segment: Segment, following: Segment | None, walk: Walk) -> Non
         elif walk.hole is not None and not taken:
             is_whole = True  # the hole was a gap that is not clean, nothing is missing
         last = LastEntry(entry.index, entry.term, entry.head_crc, entry.end)
-        walk.take(segment, last, entry.commit_hint, confirmed=verdict is True)
+        walk.take(segment, last, entry.commit_hint, confirmed=verdict is True or standing.frames)
         walk.entries += 1
         taken[entry.index] = row
         offset = entry.end - segment.base
@@ -320,56 +381,52 @@ def _open_hole(segment: Segment, offset: int, entry: Entry | None, walk: Walk) -
     return True
 
 
-def _find_end(reader: FrameReader, rows: _SegmentRows, offset: int, is_foreign: bool, walk: Walk) -> Entry | None:
+def _find_end(
+    reader: FrameReader, rows: SegmentRows, offset: int, is_foreign: bool, standing: Standing, walk: Walk
+) -> Entry | None:
     for entry in reader.entries_behind(offset):
         if rows.deny(entry):
+            if standing.rows or not standing.frames:
+                continue
+            rows.forget()  # the frames are proven, those rows are not theirs
+        agreed = rows.about(entry, row_of(entry)) is True
+        if not agreed and (is_foreign or not reader.leads_on(entry)):
             continue
-        if rows.about(entry, row_of(entry)) is not True and (is_foreign or not reader.leads_on(entry)):
+        if not agreed and walk.front_is_confirmed and not standing.frames:
             continue
-        if walk.close_hole(entry):
+        if walk.close_hole(entry, proven=standing.frames or (agreed and standing.rows)):
             return entry
     return None
 
 
-def _chain_leads_on(reader: FrameReader, entry: Entry, following: Segment | None, walk: Walk) -> bool:
-    """Whether the frames from `entry` on form a chain into the next segment, one that its own side rows do not deny:
-    two older copies in a row lead on, too."""
-    if following is None or (head := frame_at_start(following)) is None:
-        return False
-    if _is_denied(following, head):
-        return False
-    current: Entry | None = entry
-    while current is not None:
-        if head.prev_crc == current.head_crc and head.index == current.index + 1:
-            return True
-        after = reader.entry_at(current.end % walk.segment_bytes) if current.end % walk.segment_bytes else None
-        current = after if after is not None and after.prev_crc == current.head_crc else None
-    return False
-
-
-def _is_denied(segment: Segment, head: Entry) -> bool:
-    """Whether side rows tell of other entries than the frames from `head`, the first one, on."""
-    reader, rows = FrameReader(segment), _SegmentRows(segment)
-    current: Entry | None = head
-    while current is not None:
-        if isinstance(rows.about(current, row_of(current)), Row) or rows.deny(current):
-            return True
-        offset = current.end - segment.base
-        after = reader.entry_at(offset) if offset < segment.nbytes else None
-        current = after if after is not None and after.prev_crc == current.head_crc else None
-    return False
-
-
-def _finish(segment: Segment, rows: _SegmentRows, taken: dict[int, bytes], is_whole: bool, walk: Walk) -> None:
+def _finish(segment: Segment, rows: SegmentRows, taken: dict[int, bytes], is_whole: bool, walk: Walk) -> None:
     if taken:
         segment.file.sync_now()
     if not is_whole:
         segment.known = taken
         segment.first_index = rows.first_index or next(iter(taken), walk.last.index + 1)
     elif taken:
-        keep_rows(segment, taken, rows.data)
-        if len(rows.data) > len(taken) * ROW_BYTES and walk.rows_evidence.get(segment.base, 0) <= walk.last.index:
-            segment.rows.truncate(len(taken) * ROW_BYTES)
+        segment.first_index = next(iter(taken))
+        walk.completions.append(Completion(segment, taken, rows.data))
+
+
+def complete_rows(walk: Walk, faults: Sequence[FaultyRange], end: LastEntry) -> None:
+    """Write the side rows of segments that turned out to be the log's: only now, for the old ones are evidence.
+
+    None for entries behind `end`, which are going to be cut.
+    """
+    for each in walk.completions:
+        taken = {index: row for index, row in each.taken.items() if index <= end.index}
+        if not taken:
+            continue
+        last = max(taken)
+        if any(fault.first_index <= last and min(taken) <= (fault.last_index or last) for fault in faults):
+            each.segment.known = taken
+            continue
+        keep_rows(each.segment, taken, each.there)
+        tells_of = walk.rows_evidence.get(each.segment.base, 0)
+        if (tells_of <= last or last < end.index) and each.segment.rows.size() > len(taken) * ROW_BYTES:
+            each.segment.rows.truncate(len(taken) * ROW_BYTES)
 
 
 def keep_rows(segment: Segment, taken: dict[int, bytes], there: bytes) -> None:
