@@ -93,7 +93,7 @@ def _recover(
     )
     start = walk.last
     suspects = read_suspects(files, folder)
-    survey = Survey(segments)
+    survey = Survey(segments, durable_index)
     expected = first_base
     for number, segment in enumerate(segments):
         following = segments[number + 1] if number + 1 < len(segments) else None

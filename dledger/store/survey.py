@@ -31,8 +31,9 @@ class _Link:
 class Survey:
     """Standings of segments, ascending; found out at the first question, as only damage asks."""
 
-    def __init__(self, segments: Sequence[Segment]) -> None:
+    def __init__(self, segments: Sequence[Segment], durable_mark: int) -> None:
         self._segments = segments
+        self._durable_mark = durable_mark
         self._standings: dict[int, Standing] = {}
 
     def standing(self, number: int) -> Standing:
@@ -52,7 +53,11 @@ class Survey:
                 link = None
             standing = self._standings[number] = _standing(segment, link) if link is not None else UNPROVEN
             if number > first:
-                link = _link_before(segment, standing, is_strong=link is not None and link.is_strong)
+                is_strong = link is not None and link.is_strong
+                last = last_row(segment.rows) if link is None else None
+                link = _link_before(segment, standing, is_strong=is_strong)
+                if link is not None and last is not None and last.index < self._durable_mark:
+                    link = _Link(link.index, link.head_crc, is_strong=False)  # not the end of the log
             start = segment.base
 
 

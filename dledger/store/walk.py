@@ -19,7 +19,7 @@ from attrs import define, field, frozen
 from dledger.core.types import HEADER_BYTES, BadFrame, Entry, Header, next_position, parse_entry, unpack_header
 from dledger.errors import LogDamaged
 from dledger.store.faults import FaultyRange
-from dledger.store.rows import ROW_BYTES, Row, row_of, suppress_disk_full, unpack_row
+from dledger.store.rows import ROW_BYTES, Row, last_row, row_of, suppress_disk_full, unpack_row
 from dledger.store.segments import Segment, read_around
 
 READ_AHEAD = 1 << 20
@@ -274,6 +274,8 @@ class SegmentRows:
     def __init__(self, segment: Segment) -> None:
         self.data, _ = read_around(segment.rows, segment.rows.size(), 0)
         self.first_index = 0
+        row = last_row(segment.rows)
+        self.last_index = row.index if row is not None else 0
         self._by_position: list[tuple[int, int, int, int]] | None = None
         for number in range(len(self.data) // ROW_BYTES):
             row = unpack_row(self.data, number * ROW_BYTES)
@@ -341,10 +343,11 @@ def walk_segment(segment: Segment, standing: Standing, walk: Walk) -> None:
                     walk.open_hole("the side rows tell of another entry there", contradicts=True)
                     is_foreign, entry = True, None
         else:
-            if walk.hole is None:
-                if not _open_hole(segment, offset, entry, walk):
-                    break
-                is_foreign = entry is not None and entry.index <= walk.last.index + 1 and not standing.frames
+            if walk.hole is None and not _open_hole(segment, offset, entry, walk):
+                break
+            if entry is not None and not standing.frames:
+                told = max((index for base, index in walk.rows_evidence.items() if base < segment.base), default=0)
+                is_foreign = is_foreign or entry.index <= max(walk.last.index + 1, told)
             entry = None
         if entry is None:
             is_whole = False
@@ -392,9 +395,10 @@ def _find_end(
         agreed = rows.about(entry, row_of(entry)) is True
         if not agreed and (is_foreign or not reader.leads_on(entry)):
             continue
-        if not agreed and walk.front_is_confirmed and not standing.frames:
-            continue
-        if walk.close_hole(entry, proven=standing.frames or (agreed and standing.rows)):
+        is_proven = standing.frames or (agreed and standing.rows)
+        if not is_proven and walk.front_is_confirmed and not (agreed and rows.last_index >= walk.durable_mark):
+            continue  # nobody vouches for it, and what it contradicts is whole
+        if walk.close_hole(entry, proven=is_proven):
             return entry
     return None
 
