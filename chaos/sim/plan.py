@@ -121,7 +121,8 @@ def draw_plan(seed: int) -> Plan:
         tcp=tcp,
         latency=latency,
         bytes_per_second=bytes_per_second,
-        buffer_messages=window_messages_max + rng.choice((8, 200)),
+        # On a slow line heartbeats gather behind one large message; a queue for 8 would give up the next one each time.
+        buffer_messages=window_messages_max + max(rng.choice((8, 200)), 64 if bytes_per_second else 0),
         drop=rng.choice((0.002, 0.01, 0.05)) if bad_network else 0.0,
         duplicate=rng.choice((0.0, 0.01, 0.05)) if bad_network and not tcp else 0.0,
         late=rng.choice((0.0, 0.005, 0.02)) if bad_network else 0.0,
