@@ -67,6 +67,8 @@ def _standing(segment: Segment, link: _Link) -> Standing:
     rows = last is not None and (last.index, last.head_crc) == (link.index, link.head_crc)
     if rows and fits:
         return Standing(frames=True, rows=True)
+    if last is not None and not fits and not link.is_strong:
+        return Standing(rows=rows)  # a witness without its own does not outvote the rows
     # Rows that are merely behind, as a power loss leaves them, spare most of the reading.
     start = last.end - segment.base if last is not None and fits and last.index < link.index else 0
     frames, is_whole = _ends_with(segment, link, start)
