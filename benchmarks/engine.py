@@ -44,6 +44,8 @@ BODY_BYTES = 1024
 NODES = ("n0", "n1", "n2")
 READY_WITHIN_S = 30.0
 FAILOVER_WITHIN_S = 30.0
+NEVER_S = FAILOVER_WITHIN_S
+"""Shown as "none": no commit in that time."""
 WARM_UP_S = 0.5
 PORTS = 3
 APPLIED_ENTRIES_CUT = "truncating already-applied log entries"
@@ -85,7 +87,7 @@ VARIANTS = (
     ),
 )
 GOALS = {"sync": 0.5, "sync_5ms": 0.3}
-"""Throughput as a share of `async` in the same round (issue 4, Done when 6)."""
+"""Throughput as a share of `async` in the same round."""
 
 
 # --- a node's process: commands come as lines on its standard input, answers go as lines to its standard output ---
@@ -394,7 +396,7 @@ class Trial:
         return processes.cpu_seconds(child.pid for child in self._children.values())
 
     def kill_to_next_commit(self, leader: str) -> float:
-        """Seconds. Raises TimeoutError."""
+        """Seconds; `NEVER_S` where the other engine does not commit again. Raises TimeoutError where ours does not."""
         others = [node for node in self._children if node != leader]
         for node in others:
             self._tell(node, do="next")
@@ -404,6 +406,8 @@ class Trial:
         child.send_signal(signal.SIGKILL)
         child.communicate()
         moments = [at for node in others if (at := self._read(node)["at"]) is not None and at > killed_at]
+        if not moments and self.variant.engine != "quorate":
+            return NEVER_S
         if not moments:
             raise TimeoutError(f"{self.variant.title}: no commit within {FAILOVER_WITHIN_S:g} s after the kill")
         return min(moments) - killed_at
@@ -448,10 +452,14 @@ def table(rounds: Sequence[Mapping[str, Mapping[str, float]]]) -> list[str]:
             f"{share:.2f}" if share is not None else "",
             f"{medians['one_p50_ms']:.2f} ms",
             f"{medians['one_p99_ms']:.2f} ms",
-            f"{statistics.median(kills):.2f} s" + (f" ({kills[0]:.2f} to {kills[-1]:.2f})" if len(kills) > 1 else ""),
+            _shown(statistics.median(kills)) + (f" ({_shown(kills[0])} to {_shown(kills[-1])})" if kills[1:] else ""),
         )
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _shown(seconds: float) -> str:
+    return f"none in {NEVER_S:.0f} s" if seconds >= NEVER_S else f"{seconds:.2f} s"
 
 
 def ratio(rounds: Sequence[Mapping[str, Mapping[str, float]]], name: str) -> float | None:
