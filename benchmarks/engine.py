@@ -405,7 +405,7 @@ class Trial:
         child = self._children.pop(leader)
         child.send_signal(signal.SIGKILL)
         child.communicate()
-        moments = [at for node in others if (at := self._read(node)["at"]) is not None and at > killed_at]
+        moments: list[float] = [at for node in others if (at := self._read(node)["at"]) is not None and at > killed_at]
         if not moments and self.variant.engine != "quorate":
             return NEVER_S
         if not moments:

@@ -22,7 +22,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -249,11 +249,12 @@ async def _run(folder: UpFolder, namesrv: str, options: argparse.Namespace) -> d
     async with quorate.connect(namesrv) as client:
         await client.admin.create_topic(TOPIC, queues=QUEUES)
         await await_whole(folder, client)
-        for name, step in (
+        steps: tuple[tuple[str, Callable[[], Awaitable[Any]]], ...] = (
             ("fill", lambda: _fill(folder, client, int(options.gib * (1 << 30)))),
             ("role_changes", lambda: _hand_over(folder, client, options.role_changes)),
             ("kill", lambda: _kill_all(folder, client)),
-        ):
+        )
+        for name, step in steps:
             started = time.monotonic()
             found[name] = await step()
             print(f"{name}: {time.monotonic() - started:.0f} s: {found[name]}", file=sys.stderr)
