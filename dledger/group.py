@@ -35,10 +35,10 @@ from dledger.repair import Deaf, Mended, RepairPhase
 from dledger.store.checkpoint import Checkpoint, drop_checkpoints, read_checkpoint, write_checkpoint
 from dledger.store.failure import has_failed
 from dledger.store.faults import EntryDamaged, refuse_faults
-from dledger.store.format import FORMAT_FILE, LOG_FOLDER, ROWS_FOLDER, Format, check_format, read_format, write_format
+from dledger.store.format import FORMAT_FILE, Format, check_format, read_format
 from dledger.store.log_store import LogStore, format_folder, is_blank
 from dledger.store.manifest import Manifest
-from dledger.store.meta import MetaFile, boot_tag, format_meta
+from dledger.store.meta import MetaFile, boot_tag
 from dledger.store.options import StoreOptions
 from dledger.store.recovery import RecoveredLog
 from dledger.store.rows import DISK_FULL
@@ -145,7 +145,7 @@ class RaftGroup:
         env, folder = self._env, self.config.data_dir
         env.files.make_dirs(folder)
         with env.files.lock(f"{folder}/lock"):
-            identity = await self._identify()
+            identity = self._identify()
             self.group_uuid = identity.group_uuid
             meta = MetaFile.open(env.files, folder, identity)
             try:
@@ -223,7 +223,7 @@ class RaftGroup:
         except LogDamaged:  # the change of members is what is damaged
             return True
 
-    async def _identify(self) -> Format:
+    def _identify(self) -> Format:
         """The folder's format: checked, or made where that is asked for."""
         env, config, folder = self._env, self.config, self.config.data_dir
         wanted = Format(
@@ -240,10 +240,7 @@ class RaftGroup:
                 raise FormatError(f"data folder {folder} holds a log but no {FORMAT_FILE}: refusing to touch it")
             if not config.format_if_empty and not config.join:
                 raise FormatError(f"data folder {folder} is not formatted; start the node once with --format")
-            if config.join:
-                await self._format_blank(wanted)
-            else:
-                format_folder(env, folder, wanted)
+            format_folder(env, folder, wanted, recovering=config.join)
             self._log.info("data folder formatted", folder=folder, group_uuid=wanted.group_uuid, blank=config.join)
             return wanted
         if config.cluster_uuid is None:
@@ -257,21 +254,6 @@ class RaftGroup:
                 segment_bytes=found.segment_bytes,
             )
         return found
-
-    async def _format_blank(self, wanted: Format) -> None:
-        """As `format_folder`, for a node that may have voted before its folder was lost: it is recovering from its
-        first moment on (raft.md 4.6, nats-server#2792)."""
-        files, folder = self._env.files, self.config.data_dir
-        for sub in (folder, f"{folder}/{LOG_FOLDER}", f"{folder}/{ROWS_FOLDER}"):
-            files.make_dirs(sub)
-        format_meta(files, folder, wanted)
-        meta = MetaFile.open(files, folder, wanted)
-        try:
-            await meta.save_recovering(True)
-        finally:
-            meta.close()
-        files.sync_dir(folder)
-        write_format(files, folder, wanted)
 
     async def _listen(self) -> Listener:
         """A listener for one stay in a phase: in between, who calls is refused and need not wait."""

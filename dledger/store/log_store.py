@@ -32,12 +32,16 @@ RECENT_BYTES_MAX = 16 * 1024 * 1024
 RECENT_ENTRIES_MAX = 4096
 
 
-def format_folder(env: Env, folder: str, identity: Format) -> None:
-    """Make an empty folder this node's. Blocks; for start-up. May be repeated after a crash in between."""
+def format_folder(env: Env, folder: str, identity: Format, *, recovering: bool = False) -> None:
+    """Make an empty folder this node's. Blocks; for start-up. May be repeated after a crash in between.
+
+    `recovering`: of a node that may have voted before its folder was lost, from its first moment on (raft.md 4.6,
+    nats-server#2792).
+    """
     files = env.files
     for sub in (folder, f"{folder}/{LOG_FOLDER}", f"{folder}/{ROWS_FOLDER}"):
         files.make_dirs(sub)
-    format_meta(files, folder, identity)
+    format_meta(files, folder, identity, recovering=recovering)
     files.sync_dir(folder)
     for above in PurePosixPath(folder).parents:
         # New folders on the way are names too: losing one with the power would forget the votes below it.

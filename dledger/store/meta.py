@@ -113,14 +113,14 @@ def _pair(sequence: int) -> tuple[int, int]:
     return first, first + 2 * SLOT_DISTANCE
 
 
-def format_meta(files: Files, folder: str, identity: Format) -> None:
+def format_meta(files: Files, folder: str, identity: Format, *, recovering: bool = False) -> None:
     """Write all slots of a new node and sync them. Blocks; for start-up."""
     file = files.open(f"{folder}/{META_FILE}", create=True)
     try:
         own = identity_of(identity)
         file.allocate(SLOTS * SLOT_DISTANCE)
         for sequence in (0, 1):
-            slot = pack_slot(Meta(sequence=sequence, clean=True), own)
+            slot = pack_slot(Meta(sequence=sequence, clean=True, recovering=recovering), own)
             for offset in _pair(sequence):
                 file.pwrite(slot, offset)
         file.sync_now()
