@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import trio
 
-from runtime.model import Buffer, File
+from runtime.model import Buffer, File, Files
 
 _PARTS_PER_CALL = 1024  # IOV_MAX on Linux and macOS
 _ZEROS = 1 << 20
@@ -259,16 +259,7 @@ class RealFiles:
 
     def write_atomic(self, path: str, data: bytes) -> None:
         """Write aside, sync, rename over, sync the folder. Afterwards either the old or the new content is there."""
-        aside = f"{path}.tmp"
-        file = self.open(aside, create=True)
-        try:
-            file.truncate(0)
-            file.pwrite(data, 0)
-            file.sync_now()
-        finally:
-            file.close()
-        self.rename(aside, path)
-        self.sync_dir(_folder_of(path))
+        replace_atomically(self, path, data)
 
     def rename(self, old: str, new: str) -> None:
         """Replaces `new` if it is there; durable after `sync_dir`."""
@@ -315,6 +306,20 @@ class RealFiles:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
         return _held(descriptor)
+
+
+def replace_atomically(files: Files, path: str, data: bytes) -> None:
+    """What `Files.write_atomic` promises, by the other calls of any `Files`."""
+    aside = f"{path}.tmp"
+    file = files.open(aside, create=True)
+    try:
+        file.truncate(0)
+        file.pwrite(data, 0)
+        file.sync_now()
+    finally:
+        file.close()
+    files.rename(aside, path)
+    files.sync_dir(_folder_of(path))
 
 
 def _folder_of(path: str) -> str:

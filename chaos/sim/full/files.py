@@ -18,7 +18,7 @@ import trio
 from attrs import frozen
 
 from chaos.sim.full.machine import Dead
-from runtime.files import Locked
+from runtime.files import Locked, replace_atomically
 from runtime.model import Buffer, File
 
 if TYPE_CHECKING:
@@ -501,16 +501,7 @@ class SimFiles:
         return file.pread(file.size(), 0)
 
     def write_atomic(self, path: str, data: bytes) -> None:
-        aside = f"{path}.tmp"
-        file = self.open(aside, create=True)
-        try:
-            file.truncate(0)
-            file.pwrite(data, 0)
-            file.sync_now()
-        finally:
-            file.close()
-        self.rename(aside, path)
-        self.sync_dir(parent_of(path))
+        replace_atomically(self, path, data)
 
     def rename(self, old: str, new: str) -> None:
         self._check()
