@@ -20,7 +20,7 @@ import quorate
 from broker.config import BrokerConfig
 from broker.node import BrokerNode
 from broker.records import UNIT, decode_record
-from chaos.sim.full.groups import check_logs_equal, holds_everything
+from chaos.sim.full.groups import check_logs_equal, holds_everything, not_level
 from chaos.sim.full.machine import Process
 from chaos.sim.full.world import Broken, World
 from dledger.config import GroupConfig
@@ -410,16 +410,7 @@ class ClusterSubject:
         for name in self._brokers:
             if name not in running:
                 return f"{name} does not run"
-        statistics = {name: self.nodes[name].group.statistics() for name in self._brokers}
-        if not any(each.ready for each in statistics.values()):
-            return "no leader"
-        ends = {name: (each.end_position, each.committed_position) for name, each in statistics.items()}
-        if len({end for pair in ends.values() for end in pair}) != 1:
-            return f"logs end, and are committed, at {ends}"
-        for name, each in statistics.items():
-            if each.recovering:
-                return f"{name} is recovering"
-        return None
+        return not_level({name: self.nodes[name].group.statistics() for name in self._brokers})
 
     async def check(self) -> None:
         """On every broker: each acknowledged message at its offset and nowhere else; equal logs, queues and tables."""

@@ -7,7 +7,7 @@ the moment it does, and every answer a proposer gets.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 from zlib import crc32
@@ -21,7 +21,7 @@ from chaos.sim.full.world import Broken, World
 from dledger.config import GroupConfig
 from dledger.core.types import Role
 from dledger.errors import NotLeader, Overloaded, StoreFailed
-from dledger.group import EntryView, RaftGroup
+from dledger.group import EntryView, GroupStatistics, RaftGroup
 
 PEER_PORT: Final = 10_911
 CHECKPOINT_SECONDS: Final = 3.0
@@ -402,15 +402,7 @@ class GroupsSubject:
             if name not in self._running():
                 return f"{name} does not run"
             statistics[name] = self.groups[name].statistics()
-        if not any(each.ready for each in statistics.values()):
-            return "no leader"
-        ends = {name: (each.end_position, each.committed_position) for name, each in statistics.items()}
-        if len({end for pair in ends.values() for end in pair}) != 1:
-            return f"logs end, and are committed, at {ends}"
-        for name, each in statistics.items():
-            if each.recovering:
-                return f"{name} is recovering"
-        return None
+        return not_level(statistics)
 
     async def check(self) -> None:
         await trio.lowlevel.checkpoint()
@@ -453,6 +445,17 @@ def holds_everything(world: World, groups: dict[str, RaftGroup]) -> bool:
     return not any(each.recovering or each.written_index < applied for each in statistics) and not any(
         world.machines[name].disk.rotten for name in groups
     )
+
+
+def not_level(statistics: Mapping[str, GroupStatistics]) -> str | None:
+    """Why members of a group cannot be judged yet; None when they lead, end and are committed alike."""
+    if not any(each.ready for each in statistics.values()):
+        return "no leader"
+    ends = {name: (each.end_position, each.committed_position) for name, each in statistics.items()}
+    if len({end for pair in ends.values() for end in pair}) != 1:
+        return f"logs end, and are committed, at {ends}"
+    recovering = [name for name, each in statistics.items() if each.recovering]
+    return f"{recovering[0]} is recovering" if recovering else None
 
 
 def check_logs_equal(world: World, folders: dict[str, str], groups: dict[str, RaftGroup]) -> None:
