@@ -261,6 +261,7 @@ def restore(
 def _restore(
     source: str, group_name: str | None, node: str | None, data_path: str | None, config_path: str | None
 ) -> dict[str, Any]:
+    from cli.serve import Assignment, broker_config
     from cluster.layout import lock_data, prepare, write_identity
     from dledger.backup import members_in, read_backup, restore_folder
     from dledger.store.format import Format
@@ -282,7 +283,14 @@ def _restore(
                 raise Failure(f"{layout.node(places[node_id])} is not empty; restore into a new data folder", USAGE)
         identity = prepare(env, layout, config) if node is None else None
         for node_id in wanted:
-            settings = _group_config(config, name, node_id, None if identity is None else identity.uuid)
+            assignment = Assignment(
+                config=config,
+                node=config.find(places[node_id]),
+                layout=layout,
+                is_format_allowed=True,
+                cluster_uuid=None if identity is None else identity.uuid,
+            )
+            settings = broker_config(assignment).group
             restore_folder(
                 env,
                 source,
@@ -299,20 +307,6 @@ def _restore(
         if identity is not None:
             write_identity(env.files, layout, identity.formatted_group(name))
     return {"group": name, "nodes": wanted, "data": layout.data, "last_index": kept.last_index}
-
-
-def _group_config(config: ClusterConfig, name: str, node_id: str, cluster_uuid: str | None) -> Any:
-    from dledger.config import GroupConfig
-
-    group = config.group(name)
-    return GroupConfig(
-        cluster=config.cluster.name,
-        group=name,
-        node_id=node_id,
-        peers={founder.name: (founder.peer.host, founder.peer.port) for founder in group.founders},
-        data_dir="",
-        cluster_uuid=cluster_uuid,
-    )
 
 
 def _check_members(config: ClusterConfig, name: str, members: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import IO, Any
 
 import click
@@ -40,3 +41,12 @@ def show(error: click.ClickException, *, as_json: bool) -> None:
 def print_json(document: Any, file: IO[str] | None = None) -> None:
     """One document, on a line of its own."""
     click.echo(json.dumps(document, ensure_ascii=False), file=file)
+
+
+def confirm(question: str, refusal: str, yes: bool, as_json: bool) -> None:
+    """Ask on a terminal, unless `yes`. Raises Failure (2) with `refusal` where nobody can be asked, Abort for a no."""
+    if yes:
+        return
+    if as_json or not sys.stdin.isatty():
+        raise Failure(refusal, USAGE)
+    click.confirm(question, abort=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 import click
 from attrs import frozen
 
-from cli.exits import CHECK_FAILED, CLUSTER_ANSWERED_ERROR, GAVE_UP_WAITING, NOBODY_REACHED, USAGE, Failure, print_json
+from cli.exits import (
+    CHECK_FAILED,
+    CLUSTER_ANSWERED_ERROR,
+    GAVE_UP_WAITING,
+    NOBODY_REACHED,
+    USAGE,
+    Failure,
+    confirm,
+    print_json,
+)
 from cli.lazy import LazyGroup
 from cli.output import number, table
 from cli.run import run
@@ -467,12 +475,11 @@ async def _remove_node(name: str, yes: bool, target: Target, as_json: bool) -> N
         if node not in everybody:
             raise Failure(f"{node} is no member of {group.name}; the members are {' '.join(everybody)}", USAGE)
         left = [voter for voter in leader.said["members"] if voter != node]
-        _ask(
+        question = (
             f"{group.name} goes on with the voters {' '.join(left)} and bears the loss of {(len(left) - 1) // 2} of "
-            f"them. Remove {node}?",
-            yes,
-            as_json,
+            f"them. Remove {node}?"
         )
+        confirm(question, f"{question} Say --yes", yes, as_json)
         members = await cluster.client.admin.raft.remove(leader.address, node)
     if as_json:
         print_json({"group": group.name, "removed": node, **members})
@@ -480,15 +487,6 @@ async def _remove_node(name: str, yes: bool, target: Target, as_json: bool) -> N
         click.echo(
             f"{group.name}: voters {' '.join(members['voters'])}, learners {' '.join(members['learners']) or '-'}"
         )
-
-
-def _ask(question: str, yes: bool, as_json: bool) -> None:
-    """Raises Failure (2) where nobody can be asked, Abort for a no."""
-    if yes:
-        return
-    if as_json or not sys.stdin.isatty():
-        raise Failure(f"{question} Say --yes", USAGE)
-    click.confirm(question, abort=True)
 
 
 @raft.command()

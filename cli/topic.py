@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import click
 
-from cli.exits import USAGE, Failure, print_json
+from cli.exits import Failure, confirm, print_json
 from cli.lazy import LazyGroup
 from cli.output import table
 from cli.run import run
@@ -101,10 +100,8 @@ def delete(
     name: str, yes: bool, namesrv: str | None, data_path: str | None, config_path: str | None, as_json: bool
 ) -> None:
     """Delete topic NAME and its messages."""
-    if not yes:
-        if as_json or not sys.stdin.isatty():
-            raise Failure(f"deletes topic {name} and its messages; say --yes", USAGE)
-        click.confirm(f"Delete topic {name} and its messages?", abort=True)
+    refusal = f"deletes topic {name} and its messages; say --yes"
+    confirm(f"Delete topic {name} and its messages?", refusal, yes, as_json)
     run(_delete, name, (namesrv, data_path, config_path), as_json)
 
 
