@@ -156,7 +156,7 @@ async def test_4_6_a_damaged_log_is_mended_before_it_is_served(tmp_path: Path, m
 
     peers = {"n0": ("127.0.0.1", 1), "n1": ("127.0.0.1", 2)}
     group = a_group(tmp_path, format_if_empty=True, peers=peers)
-    identity = await group._identify()
+    identity = group._identify()
     monkeypatch.setattr("dledger.group.LogStore.open", opened)
     monkeypatch.setattr(group, "_mend", noting("mended"))
     monkeypatch.setattr(group, "_serve", noting("served"))
@@ -173,7 +173,7 @@ def a_group(folder: Path, **settings: Any) -> RaftGroup:
 
 async def test_4_6_a_folder_is_formatted_only_when_asked_for(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="not formatted"):
-        await a_group(tmp_path)._identify()
+        a_group(tmp_path)._identify()
     assert toy_env(tmp_path).files.listdir(str(tmp_path)) == []
 
 
@@ -182,13 +182,13 @@ async def test_4_6_a_log_without_a_format_is_not_touched(tmp_path: Path) -> None
     (tmp_path / "log" / ("0" * 20)).write_bytes(b"somebody's log")
     for settings in ({"format_if_empty": True}, {"join": True}):
         with pytest.raises(FormatError, match="refusing to touch it"):
-            await a_group(tmp_path, **settings)._identify()
+            a_group(tmp_path, **settings)._identify()
     assert toy_env(tmp_path).files.listdir(str(tmp_path)) == ["log"]
 
 
 async def test_scenario_23_a_blank_folder_recovers_from_its_first_moment_on(tmp_path: Path) -> None:
     group = a_group(tmp_path, join=True)
-    identity = await group._identify()
+    identity = group._identify()
     meta = MetaFile.open(group._env.files, str(tmp_path), identity)
     assert meta.saved.recovering
     meta.close()
