@@ -13,7 +13,7 @@ import trio
 
 from quorate.attempts import Attempts
 from quorate.errors import NoRoute, RequestRefused, Unavailable
-from quorate.producer import Producer, SendReceipt
+from quorate.producer import NEXT_AFTER_S, Producer, SendReceipt
 from quorate.route_cache import RouteCache
 from remoting.bodies import ConsumerData, HeartbeatData, ProducerData, decode_reset_offset, encode_body
 from remoting.codes import RequestCode, ResponseCode
@@ -313,7 +313,7 @@ class Client:
                 tried.append(address)
                 request = self.remoting.request(code, ext, body)
                 try:
-                    limit = min(remaining, max(1.0, timeout / 3))
+                    limit = min(remaining, max(NEXT_AFTER_S, timeout / 3))
                     answer = await self.attempts.invoke(topic, broker_name, address, request, limit)
                 except ConnectFailed as error:
                     problems.append(str(error))

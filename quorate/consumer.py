@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import trio
 
+from quorate.attempts import LedElsewhere
 from quorate.errors import NoRoute, PullFailed, QuorateError, RequestRefused, Unavailable
 from quorate.process_queue import ProcessQueue
 from quorate.pull import max_offset, pull_from, query_offset, search_offset, update_offset
@@ -32,7 +33,7 @@ from remoting.bodies import (
     encode_body,
     tag_subscription,
 )
-from remoting.codes import RETRY_TOPIC_PREFIX, RequestCode, ResponseCode
+from remoting.codes import MASTER_ID, RETRY_TOPIC_PREFIX, RequestCode, ResponseCode
 from remoting.errors import BodyError, ConnectFailed, ConnectionLost, RequestTimeout
 from remoting.message import (
     PROPERTY_DELAY,
@@ -547,6 +548,10 @@ class Inbox:
                     suspend_s=SUSPEND_S,
                     commit_offset=state.committed if state.dirty else None,
                 )
+            except LedElsewhere as error:
+                client.log.debug("pull left", queue=str(queue), reason=str(error))
+                assignment.suggested_id = MASTER_ID
+                return
             except (ConnectFailed, ConnectionLost, RequestTimeout) as error:
                 client.log.debug("pull failed", queue=str(queue), reason=str(error))
                 assignment.suggested_id += 1  # another member, until a broker suggests otherwise

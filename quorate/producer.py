@@ -46,6 +46,11 @@ Selector = Callable[[Sequence[MessageQueue], Message], MessageQueue]
 RETRIES_ELSEWHERE = 2
 """Attempts on another broker group that follow a failed one without a pause (RocketMQ's retryTimesWhenSendFailed)."""
 
+NEXT_AFTER_S = 1.0
+"""A node silent for that long, or for a third of the time there is, is left for the next; its answer still counts."""
+HELD_S = 2.25
+"""A node that knows no leader holds a send for 2 s before it says that it is not stored (design 4)."""
+
 _STATUS = {
     ResponseCode.SUCCESS: "SEND_OK",
     ResponseCode.FLUSH_DISK_TIMEOUT: "FLUSH_DISK_TIMEOUT",
@@ -201,8 +206,8 @@ class Producer:
         problems: list[str] = []
         maybe_stored = False
         failed_groups: list[str] = []
-        tried: list[str] = []
         attempts = 0
+        targets: dict[str, MessageQueue] = {}
         chosen: MessageQueue | None = queue
         properties: str | None = None
         body = message.body
@@ -211,64 +216,70 @@ class Producer:
         if not self.has_sent:
             self.has_sent = True
             client.heartbeat_soon()
-        while clock.monotonic() < deadline:
-            route = client.routes.at_hand(message.topic)
-            if route is None or not route.writable:
-                route = await self._route(message.topic, deadline, problems)
-            if route is None:
-                break
-            if properties is None:
-                # Here, because the id holds our address, which is known once a name server is connected.
-                if batch is None:
-                    self._prepare(message)
-                else:
-                    for item in batch:
-                        self._prepare(item)
-                    message.properties[PROPERTY_UNIQ_KEY] = batch[0].properties[PROPERTY_UNIQ_KEY]
-                    body = encode_batch(batch)
-                if selector is not None:
-                    chosen = selector(route.writable, message)
-                properties = properties_to_string(message.properties)
-            target = chosen if chosen is not None else self._pick(route, failed_groups)
-            # The leader first; then the others, since any node takes any request and holds it until there is a leader.
-            address = next((member for member in route.addresses(target.broker_name) if member not in tried), None)
-            if address is not None:
-                attempts += 1
-                tried.append(address)
+        with client.attempts.begin(message.topic) as tries:
+            while clock.monotonic() < deadline:
+                route = client.routes.at_hand(message.topic)
+                if route is None or not route.writable:
+                    route = await self._route(message.topic, deadline, problems)
+                if route is None:
+                    break
+                if properties is None:
+                    # Here, because the id holds our address, which is known once a name server is connected.
+                    if batch is None:
+                        self._prepare(message)
+                    else:
+                        for item in batch:
+                            self._prepare(item)
+                        message.properties[PROPERTY_UNIQ_KEY] = batch[0].properties[PROPERTY_UNIQ_KEY]
+                        body = encode_batch(batch)
+                    if selector is not None:
+                        chosen = selector(route.writable, message)
+                    properties = properties_to_string(message.properties)
+                target = chosen if chosen is not None else self._pick(route, failed_groups)
+                leader = route.leader(target.broker_name)
                 remaining = max(0.001, deadline - clock.monotonic())
-                request = self._request(message, code, body, target, born_ms, properties)
+                # The leader first; then the others, since any node takes any request and holds it until there is one.
+                address = tries.next_of(route.addresses(target.broker_name))
+                if leader is None and attempts and remaining < HELD_S:
+                    address = None  # it would be held beyond the deadline: nobody could say whether it was stored
                 try:
-                    limit = min(remaining, max(1.0, timeout / 3))
-                    answer = await client.attempts.invoke(message.topic, target.broker_name, address, request, limit)
+                    said = tries.take()
+                    if said is None and address is not None:
+                        attempts += 1
+                        targets[address] = target
+                        request = self._request(message, code, body, target, born_ms, properties)
+                        await tries.ask(target.broker_name, address, request, remaining)
+                        said = await tries.answer(min(remaining, max(NEXT_AFTER_S, timeout / 3)))
                 except RemoteProtocolError as error:
                     raise ValueError(f"message cannot be sent: {error}") from error
-                except ConnectFailed as error:
+                except (ConnectFailed, ConnectionLost, RequestTimeout) as error:
                     problems.append(str(error))
-                except (ConnectionLost, RequestTimeout) as error:
-                    problems.append(str(error))
-                    maybe_stored = True
-                else:
+                    said = None
+                if said is not None:
+                    answered_by, answer = said
                     if answer.code in STORED:
-                        if attempts > 1 or address != route.leader(target.broker_name):
+                        if attempts > 1 or answered_by != leader:
                             client.settle_route(message.topic)
-                        return _receipt(message, target, answer, (clock.monotonic() - started) * 1e3, attempts, count)
+                        elapsed_ms = (clock.monotonic() - started) * 1e3
+                        return _receipt(message, targets[answered_by], answer, elapsed_ms, attempts, count)
                     if answer.code not in RETRY_ON_ANOTHER_BROKER:
-                        raise SendRefused(answer.code, answer.remark or "", address)
-                    problems.append(f"{address}: {answer.remark or answer.code}")
+                        raise SendRefused(answer.code, answer.remark or "", answered_by)
+                    problems.append(f"{answered_by}: {answer.remark or answer.code}")
                     # SYSTEM_ERROR is also how a broker says that it lost leadership before the outcome was known.
                     maybe_stored = maybe_stored or answer.code == ResponseCode.SYSTEM_ERROR
-            elsewhere = len(route.members) > 1 and chosen is None and len(failed_groups) < RETRIES_ELSEWHERE
-            failed_groups.append(target.broker_name)
-            with clock.move_on_at(deadline):
-                try:
-                    await client.routes.refresh(message.topic, for_publish=True)
-                except (NoRoute, RequestRefused) as error:
-                    problems.append(str(error))
-                if not elsewhere:
-                    failed_groups = [target.broker_name]
-                    if address is None:
-                        tried.clear()
-                        await clock.sleep(client.retry_pause())
+                elsewhere = len(route.members) > 1 and chosen is None and len(failed_groups) < RETRIES_ELSEWHERE
+                failed_groups.append(target.broker_name)
+                with clock.move_on_at(deadline):
+                    try:
+                        await client.routes.refresh(message.topic, for_publish=True)
+                    except (NoRoute, RequestRefused) as error:
+                        problems.append(str(error))
+                    if not elsewhere:
+                        failed_groups = [target.broker_name]
+                        if address is None:
+                            tries.start_over()
+                            await tries.pause_until(min(deadline, clock.monotonic() + client.retry_pause()))
+            maybe_stored = maybe_stored or tries.maybe_done or tries.is_open
         raise SendFailed(
             message.topic,
             problems,

@@ -56,8 +56,8 @@ async def pull_from(
     """Pull once from one broker, waiting there for up to `suspend_s` seconds.
 
     Messages of other tags with an equal hash are left out; bodies are decompressed; a message from a retry topic shows
-    its first topic. Raises RequestRefused, ConnectFailed, ConnectionLost, RequestTimeout, PullFailed. Checkpoint;
-    cancel-safe, nothing is consumed by a pull.
+    its first topic. Raises RequestRefused, ConnectFailed, ConnectionLost, RequestTimeout, PullFailed; LedElsewhere as
+    soon as routes name another leader than the one that was asked. Checkpoint; cancel-safe, nothing is consumed.
     """
     sys_flag = PULL_SUBSCRIPTION
     if suspend_s > 0:
@@ -80,7 +80,9 @@ async def pull_from(
             "expressionType": subscription.expression_type,
         },
     )
-    answer = await client.remoting.invoke(address, request, suspend_s + GRACE_S)
+    answer = await client.attempts.invoke(
+        queue.topic, queue.broker_name, address, request, suspend_s + GRACE_S, is_patient=True
+    )
     status = _STATUS.get(answer.code)
     if status is None:
         raise RequestRefused(answer.code, answer.remark or "", address)

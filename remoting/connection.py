@@ -40,14 +40,27 @@ class Limits:
     connections: int = 10_000
 
 
-class _Waiter:
-    """Somebody waiting for the answer to one request."""
+class Asked:
+    """A request that was sent and whose answer somebody waits for. Several may share an event."""
 
-    __slots__ = ("answer", "event")
+    __slots__ = ("_connection", "_opaque", "answer", "event")
 
-    def __init__(self) -> None:
-        self.event = trio.Event()
+    def __init__(self, connection: Connection, opaque: int, event: trio.Event) -> None:
+        self._connection = connection
+        self._opaque = opaque
+        self.event = event
+        """Set when the answer comes, or the connection ends."""
         self.answer: Command | None = None
+
+    @property
+    def lost(self) -> str | None:
+        """Why no answer will come any more, as a sentence."""
+        reason = self._connection.closed_reason
+        return None if reason is None else f"connection to {self._connection.peer_text} ended: {reason}"
+
+    def drop(self) -> None:
+        """Nobody waits any more: a late answer is dropped."""
+        self._connection.forget(self._opaque)
 
 
 def peer_text(peer: tuple[str, int]) -> str:
@@ -91,7 +104,7 @@ class Connection:
         self._sending = False
         self._wake = trio.Event()
         self._drained = trio.Event()
-        self._waiters: dict[int, _Waiter] = {}
+        self._waiters: dict[int, Asked] = {}
         self._next_opaque = 0
         self.peer = stream.peer
         self.peer_text = peer_text(stream.peer)
@@ -221,25 +234,38 @@ class Connection:
         """
         if self.closed_reason is not None:
             await trio.lowlevel.checkpoint()
+        asked = self.ask(command, trio.Event())
+        try:
+            with self._clock.move_on_after(timeout):
+                await asked.event.wait()
+        finally:
+            asked.drop()
+        if asked.answer is not None:
+            return asked.answer
+        if asked.lost is not None:
+            raise ConnectionLost(asked.lost)
+        raise RequestTimeout(f"no answer from {self.peer_text} to code {command.code} within {timeout:g} s")
+
+    def ask(self, command: Command, event: trio.Event) -> Asked:
+        """Send a request and return at once; `event` is set when there is news of it. `opaque` is set here.
+
+        The caller must `drop` what it gets. Raises ConnectionLost where the connection has ended, and then nothing was
+        sent; RemoteProtocolError for what cannot be encoded.
+        """
+        if self.closed_reason is not None:
             raise ConnectionLost(f"connection to {self.peer_text} is closed: {self.closed_reason}")
         opaque = self.next_opaque()
         command.opaque = opaque
         data = encode_command(command)
-        waiter = _Waiter()
-        self._waiters[opaque] = waiter
+        asked = self._waiters[opaque] = Asked(self, opaque, event)
         self.has_asked = True
-        try:
-            self.write(data)
-            self.flush()
-            with self._clock.move_on_after(timeout):
-                await waiter.event.wait()
-        finally:
-            self._waiters.pop(opaque, None)
-        if waiter.answer is not None:
-            return waiter.answer
-        if self.closed_reason is not None:
-            raise ConnectionLost(f"connection to {self.peer_text} ended: {self.closed_reason}")
-        raise RequestTimeout(f"no answer from {self.peer_text} to code {command.code} within {timeout:g} s")
+        self.write(data)
+        self.flush()
+        return asked
+
+    def forget(self, opaque: int) -> None:
+        """Nobody waits for this answer any more."""
+        self._waiters.pop(opaque, None)
 
     def take_answers(self, frames: list[Frame]) -> list[Frame]:
         """Hand answers among `frames` to those who wait; returns the others, which are requests.
@@ -289,4 +315,4 @@ class Connection:
             return b""
 
 
-__all__ = ["Connection", "Limits", "Log", "peer_text"]
+__all__ = ["Asked", "Connection", "Limits", "Log", "peer_text"]

@@ -10,7 +10,7 @@ import trio
 
 from remoting.codes import VERSION, ResponseCode
 from remoting.command import Command, encode_response
-from remoting.connection import Connection, Limits, Log
+from remoting.connection import Asked, Connection, Limits, Log
 from remoting.errors import ConnectFailed, ConnectionLost, RemoteProtocolError, ResponseError
 from remoting.frames import FrameReader, RefusedFrame, decode_frame
 from runtime.model import Env, Stream
@@ -179,6 +179,18 @@ class Client:
             connection = await self.connect(address, timeout=min(timeout, self._connect_timeout_s))
             timeout = max(0.001, timeout - (self._env.clock.monotonic() - started))
         return await connection.request(command, timeout)
+
+    async def ask(self, address: str, command: Command, timeout: float, event: trio.Event) -> Asked:
+        """Send a request, connected within `timeout` seconds, and return at once; `event` is set when there is news.
+
+        The caller must `drop` what it gets. Raises ConnectFailed or ConnectionLost, and then nothing was sent.
+        Checkpoint where it dials; cancel-safe.
+        """
+        slot = self._slots.get(address)
+        connection = slot.connection if slot is not None else None
+        if connection is None or connection.closed_reason is not None:
+            connection = await self.connect(address, timeout=min(timeout, self._connect_timeout_s))
+        return connection.ask(command, event)
 
     async def invoke_oneway(self, address: str, command: Command, timeout: float = 3.0) -> None:
         """Send a request that wants no answer. Raises ConnectFailed or ConnectionLost. Checkpoint; cancel-safe."""

@@ -69,6 +69,8 @@ class GroupState:
         self.swallow: Callable[[Command], bool] = lambda request: False
         self.requests: list[tuple[int, Command]] = []
         self.waiting_for_leader: list[tuple[Connection, Frame]] = []
+        self.held_s: float | None = None
+        """How long such a request waits before it is refused; for ever where None."""
 
     def append(self, topic: str, queue_id: int, body: bytes, properties: str, *, times: int = 0) -> tuple[int, str]:
         key = (topic, queue_id)
@@ -148,10 +150,20 @@ class Node:
             return
         if request.code in (310, 320, 36, 15, 41, 42) and self.state.leader is None:
             self.state.waiting_for_leader.append((connection, frame))
+            if self.state.held_s is not None and self.cluster.nursery is not None:
+                self.cluster.nursery.start_soon(self.refuse_late, connection, frame, self.state.held_s)
             return
         answer = getattr(self, f"on_{request.code}")(connection, frame, request)
         if answer is not None and not request.is_oneway:
             connection.write(answer)
+
+    async def refuse_late(self, connection: Connection, frame: Frame, after_s: float) -> None:
+        """As a real broker does with what it holds."""
+        await trio.sleep(after_s)
+        if (connection, frame) in self.state.waiting_for_leader:
+            self.state.waiting_for_leader.remove((connection, frame))
+            connection.write(encode_response(decode_frame(frame), 14, remark="not leader; leader=none"))
+            connection.flush()
 
     def lead(self) -> None:
         """This node leads from now on; what was held for a leader is executed."""

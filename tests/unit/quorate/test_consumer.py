@@ -9,6 +9,7 @@ import trio
 from fake_cluster import FakeCluster, Parked, fake_cluster
 
 import quorate
+from quorate import attempts
 from quorate.client import Client
 from quorate.consumer import ReceivedMessage
 from quorate.process_queue import CACHE_MESSAGES
@@ -457,6 +458,37 @@ async def test_pull_consumer() -> None:
             nursery.start_soon(append)
             waited = await consumer.pull(queues[0], 5, suspend=5.0)
         assert [message.body for message in waited.messages] == [b"late"]
+
+
+async def test_pulls_leave_a_frozen_leader_as_soon_as_another_one_leads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else is late meanwhile: that a pull waits is no reason to ask often, but now and then."""
+    env = make_env()
+    monkeypatch.setattr(attempts, "PATIENT_ASK_EVERY_S", 0.1)
+    async with fake_cluster(env) as cluster, quorate.connect(cluster.namesrv, env=env) as mq:
+        fill(cluster, 2, queues=1)
+        state = cluster.groups["broker-a"]
+        consumer = mq.pull_consumer("g")
+        (queue,) = await consumer.queues("t")
+        async with mq.subscribe("t", group="h", start="first", consume_retries=False) as inbox:
+            assert await take(inbox, 2) == [b"0", b"1"]
+            frozen = state.nodes[0]
+            handle, frozen.handle = frozen.handle, lambda connection, frame: None  # type: ignore[method-assign]
+            pulled: list[bytes] = []
+
+            async def pull() -> None:
+                found = await consumer.pull(queue, 2, suspend=10.0)
+                pulled.extend(message.body for message in found.messages)
+
+            with trio.fail_after(2):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(pull)
+                    await trio.sleep(0.05)
+                    frozen.parked.clear()
+                    state.nodes[2].lead()
+                    state.append("t", 0, b"2", "")
+                    assert await take(inbox, 1) == [b"2"]
+            assert pulled == [b"2"]
+            frozen.handle = handle  # type: ignore[method-assign]
 
 
 async def test_pull_consumer_survives_a_failover_and_reports_refusals() -> None:

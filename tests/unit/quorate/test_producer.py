@@ -10,6 +10,7 @@ import trio
 from fake_cluster import FakeCluster, fake_cluster
 
 import quorate
+from quorate import producer
 from quorate.producer import by_key
 from remoting.codes import RequestCode
 from remoting.message import Message, host_to_bytes, offset_msg_id, parse_offset_msg_id, string_to_properties
@@ -269,6 +270,66 @@ async def test_failures_say_whether_the_message_may_be_stored() -> None:
         with pytest.raises(quorate.SendFailed) as failed:
             await mq.send("t", b"x", timeout=0.3)
         assert not failed.value.maybe_stored
+
+
+async def test_without_a_leader_nothing_is_asked_whose_answer_would_come_too_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A node holds a send for a while before it says "not stored"; of one that is still held nobody knows the fate."""
+    env = make_env()
+    monkeypatch.setattr(producer, "HELD_S", 0.3)
+    async with fake_cluster(env) as cluster, quorate.connect(cluster.namesrv, env=env) as mq:
+        cluster.topics["t"] = 1
+        state = cluster.groups["broker-a"]
+        state.leader = None
+        state.held_s = 0.15
+        with pytest.raises(quorate.SendFailed, match="it is not stored") as failed:
+            await mq.send("t", b"x", timeout=0.4)
+        assert not failed.value.maybe_stored
+        assert len(sends(cluster)) == 1
+
+        async def elect() -> None:
+            await wait_until(lambda: len(sends(cluster)) == 2, what="the second message to be held")
+            await trio.sleep(0.2)
+            state.nodes[2].lead()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(elect)
+            receipt = await mq.send("t", b"y", timeout=0.4)
+        assert state.stored("t") == [b"y"]
+        assert receipt.attempts == 2, "asked again as soon as there is a leader"
+
+
+@pytest.mark.parametrize("is_stored", [False, True])
+async def test_a_late_answer_counts_while_others_are_tried(monkeypatch: pytest.MonkeyPatch, is_stored: bool) -> None:
+    env = make_env()
+    monkeypatch.setattr(producer, "NEXT_AFTER_S", 0.05)
+    async with fake_cluster(env, nodes=2) as cluster, quorate.connect(cluster.namesrv, env=env) as mq:
+        cluster.topics["t"] = 1
+        state = cluster.groups["broker-a"]
+        slow, other = state.nodes[0], state.nodes[1]
+        handle = slow.handle
+        held: list[tuple[Any, Any]] = []
+        slow.handle = lambda connection, frame: held.append((connection, frame))  # type: ignore[method-assign]
+        state.refuse = lambda request: (14, "not leader") if state.requests[-1][0] == other.node_id else None
+
+        async def answer() -> None:
+            await wait_until(lambda: bool(sends(cluster)), what="the other node to be tried")
+            if not is_stored:
+                state.refuse = lambda request: (14, "not leader")
+            for connection, frame in held:
+                handle(connection, frame)
+                connection.flush()
+            slow.handle = handle  # type: ignore[method-assign]
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(answer)
+            if is_stored:
+                receipt = await mq.send("t", b"x", timeout=0.3)
+                assert (receipt.attempts >= 2, receipt.queue_offset, state.stored("t")) == (True, 0, [b"x"])
+            else:
+                with pytest.raises(quorate.SendFailed, match="it is not stored"):
+                    await mq.send("t", b"x", timeout=0.3)
 
 
 async def test_no_name_server_at_all() -> None:
