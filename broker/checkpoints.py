@@ -74,7 +74,7 @@ class Checkpoints:
         run = state.runs
         await state.queues.settle()
         await state.index.persist(run_in_thread)
-        if state.runs != run or not state.is_complete:
+        if state.runs != run or not state.restart.is_complete:
             return
         # One synchronous look at everything: it covers exactly the entries up to `applied_index`.
         state.queues.flush()
@@ -93,7 +93,7 @@ class Checkpoints:
             "delay": state.delay.snapshot(),
             "queues": state.queues.bounds(),
             "key_index": state.index.snapshot(),
-            "last_store_ms": state.last_store_ms,
+            "last_store_ms": state.staging.last_store_ms,
             "put_messages": state.put_messages,
             "dedup": [one.plain() for one in saved],
         }

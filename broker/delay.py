@@ -19,7 +19,8 @@ from remoting.message_codec import encode_record, record_size
 
 if TYPE_CHECKING:
     from broker.consume_queue import QueueState
-    from broker.state import BrokerState, Staged
+    from broker.staging import Staged
+    from broker.state import BrokerState
 
 DELAY_LEVELS_TEXT: Final = "1s 5s 10s 30s 1m 2m 3m 4m 5m 6m 7m 8m 9m 10m 20m 30m 1h 2h"
 _UNIT_MS: Final = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
@@ -178,14 +179,15 @@ class DelayService:
 
     def _stage(self, start: int, staged: Staged, due: list[tuple[Record, bytes, int]]) -> list[bytes]:
         state = self._state
+        staging = state.staging
         records: list[bytes] = []
         for record, topic, queue_id in due:
             queue: QueueState = state.queues.pending_queue(topic, queue_id)
-            store_ms = state.next_store_ms()
+            store_ms = staging.next_store_ms()
             data = _encode(state, record, topic, queue_id, queue.next_offset, start, store_ms)
-            code = state.tags_code_of(topic, queue_id, record.properties, store_ms)
-            state.stage_record(staged, queue, start, len(data), code, store_ms)
-            state.stage_keys(staged, topic, record.properties, start)
+            code = staging.tags_code_of(topic, queue_id, record.properties, store_ms)
+            staging.stage_record(staged, queue, start, len(data), code, store_ms)
+            staging.stage_keys(staged, topic, record.properties, start)
             records.append(data)
             start += len(data)
         return records

@@ -2,52 +2,48 @@
 
 Every table a proposal consults is committed + pending (design 2). One entry is `count` message records and an optional
 cbor2 tail of META operations, applied together. `stage` moves the pending side on, `apply` the committed one, `discard`
-takes back, newest first. On the leader the send path stages its records one by one as it encodes them; followers, and
-every node at its start, stage whole entries from their bytes: both must arrive at the same tables.
+takes back, newest first. What records do to the pending side is in `staging`, what operations do in `operations`, and
+how a node takes up its checkpoint in `restart`.
 """
 
 from __future__ import annotations
 
 import struct
-import zlib
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import cbor2
-import msgspec
 import trio
 
-from broker.answers import BUSY, CUT, NO_ROOM, NOT_LEADER, UNKNOWN, Done, SendAnswers, SendWaiter, reason_of
+from broker.answers import BUSY, CUT, NO_ROOM, NOT_LEADER, UNKNOWN, Done, SendAnswers, reason_of
 from broker.checkpoints import Checkpoints
-from broker.consume_queue import QueueFilesShort, QueueState, QueueTable
-from broker.dedup import DedupFiles, DedupWindow, SavedGeneration, dedup_key
+from broker.consume_queue import QueueState, QueueTable
+from broker.dedup import DedupFiles, DedupWindow
 from broker.delay import MAX_LEVEL, DelayProgress
 from broker.errors import DISK_FULL
 from broker.groups import GroupTable
-from broker.key_index import KeyIndex, topic_seed
+from broker.key_index import KeyIndex
 from broker.locks import LockRow, QueueLocks
 from broker.offsets import DELTA_LIMIT, ROWS_PER_ENTRY, OffsetRow, OffsetTable
+from broker.operations import Operations
 from broker.records import (
     HEAD_BYTES,
     MAGIC_V1,
     STORE_TIMESTAMP_END,
-    SYS_BORN_IPV6,
-    SYS_STORE_IPV6,
     UNIT,
-    UNIT_BYTES,
     PropertyFacts,
     Record,
     RecordError,
     decode_record,
-    find_property,
     store_timestamp_of,
 )
-from broker.store_files import CheckpointUnusable, StoreFiles, decode_checkpoint
+from broker.restart import Restart
+from broker.staging import Staged, Staging
+from broker.store_files import StoreFiles
 from broker.tables import InvariantBroken
 from broker.topics import TopicTable
-from dledger.errors import LogDamaged
 from dledger.group import EntryView, NotLeader, Overloaded, RaftGroup, Role, TooLarge
 from remoting.bodies import SubscriptionGroupConfig, TopicConfig
 from remoting.codes import SCHEDULE_TOPIC
@@ -57,59 +53,11 @@ from runtime.model import Env
 if TYPE_CHECKING:
     from broker.config import BrokerConfig
 
-_unpack_head = struct.Struct(">IIIi4xqqi16xq8xi8xi").unpack_from
-"""Size, magic, body crc, queue id, queue offset, physical offset, sysFlag, store time, reconsume times, body length."""
-_pack_unit = UNIT.pack
-_INT = struct.Struct(">i")
-_crc32 = zlib.crc32
-_IPV6_BITS = SYS_BORN_IPV6 | SYS_STORE_IPV6
-
 NOTHING_NEEDED: Final = (1 << 63) - 1
 """`trim_floor` of a log of which only consumers may still want something."""
 
 DispatchListener = Callable[[str, int, int, bytes], None]
 RoleListener = Callable[[Role, int, str | None, bool], None]
-
-
-class Staged:
-    """What one entry does, from its staging to its apply or discard."""
-
-    __slots__ = (
-        "by_queue",
-        "callbacks",
-        "count",
-        "covered",
-        "dedup_keys",
-        "hashes",
-        "is_orphan",
-        "ops",
-        "positions",
-        "removed",
-        "start",
-        "store_ms",
-        "waiters",
-    )
-
-    def __init__(self, start: int) -> None:
-        self.start = start
-        """Physical offset of the first record."""
-        self.by_queue: dict[QueueState, list[bytes]] = {}
-        """ConsumeQueue units per queue, in log order."""
-        self.count = 0
-        self.store_ms = 0
-        self.dedup_keys: list[int] = []
-        self.hashes: list[int] = []
-        self.positions: list[int] = []
-        """Key index rows: two columns."""
-        self.waiters: list[SendWaiter] = []
-        self.callbacks: list[Done] = []
-        self.ops: list[list[Any]] = []
-        self.removed: list[list[QueueState]] = []
-        """Per staged "topic_del": the queues it took out of the pending view."""
-        self.is_orphan = False
-        """Who waited for it has been told that the outcome is unknown; nobody is to wait for it any more."""
-        self.covered = False
-        """The tables already hold this entry (checkpoint); only what is kept in files is made from it again."""
 
 
 class BrokerState:
@@ -122,7 +70,6 @@ class BrokerState:
         self.env = env
         self.config = config
         self._log = log
-        self._wall_ms = env.clock.wall_ms
         self.store_host = host_to_bytes(*config.advertised)
         self.topics = TopicTable(config)
         self.groups = GroupTable(config)
@@ -143,19 +90,15 @@ class BrokerState:
         self.facts = PropertyFacts()
         self.store_files = StoreFiles(env, config.data_dir)
         self.checkpoints = Checkpoints(self)
+        self.staging = Staging(self.queues, self.dedup, self.facts, env.clock.wall_ms)
+        self.operations = Operations(self)
+        self.restart = Restart(self, log)
         self.group: RaftGroup = None  # type: ignore[assignment]  # set by attach, before anything else is called
         self.broker_permission = config.broker_permission
 
         self.applied_index = 0
-        self.last_store_ms = 0
-        """Store time of the newest staged record; the next one is not earlier."""
         self.term = 0
-        self._entry_term = 0
-        """Term of the entry being applied. Tables follow from the log alone, not from what this node has heard."""
         self.ready = False
-        self._covered_index = 0
-        self._rebuilding: list[list[Any]] | None = None
-        """Bounds of the queues in the checkpoint, while they are made again from the log."""
         self.runs = 0
         """How often the tables were loaded; what belongs to an earlier time must not be saved."""
         self._in_flight: deque[Staged] = deque()
@@ -176,16 +119,6 @@ class BrokerState:
         self.on_turn_done: list[Callable[[], None]] = []
         self.on_topic_touched: list[Callable[[str], None]] = []
         """A change of this topic was staged, applied or discarded: cached views of it are stale."""
-
-        self._ops: dict[str, tuple[Callable[..., None], Callable[..., None], Callable[..., None]]] = {
-            "topic_put": (self._stage_topic_put, self._apply_topic_put, self._discard_topic_put),
-            "topic_del": (self._stage_topic_del, self._apply_topic_del, self._discard_topic_del),
-            "group_put": (self._stage_group_put, self._apply_group_put, self._discard_group_put),
-            "group_del": (self._stage_group_del, self._apply_group_del, self._discard_group_del),
-            "offsets": (self._stage_offsets, self._apply_offsets, self._discard_offsets),
-            "locks": (self._stage_locks, self._apply_locks, self._discard_locks),
-            "delay": (self._stage_delay, self._apply_delay, self._discard_delay),
-        }
 
     def attach(self, group: RaftGroup) -> None:
         """The group this is the machine of; before it runs."""
@@ -239,14 +172,6 @@ class BrokerState:
         except RecordError:
             return False
 
-    def next_store_ms(self) -> int:
-        """Store time of a record made now: never before the last one's."""
-        now = self._wall_ms()
-        if now > self.last_store_ms:
-            self.last_store_ms = now
-            return now
-        return self.last_store_ms
-
     def touch(self, conn: Any) -> None:
         """Have the connection flushed at the end of this turn."""
         self._touched[conn] = None
@@ -271,7 +196,7 @@ class BrokerState:
         if staged is None:
             staged = Staged(physical_offset)
             # One look at the clock per batch: it is closed within the turn.
-            staged.store_ms = self.next_store_ms()
+            staged.store_ms = self.staging.next_store_ms()
             self.group.set_open_staged(staged)
             self._in_flight.append(staged)
             self.group.wake()
@@ -294,14 +219,14 @@ class BrokerState:
     def _log_ops(self, ops: Sequence[tuple[Any, ...]], done: Done) -> None:
         if not self.group.is_ready_leader:
             raise NotLeader(self.group.leader_id)
-        plain = [self._plain_op(op) for op in ops]
+        plain = [self.operations.plain(op) for op in ops]
         tail = cbor2.dumps(plain)
         # Sealing the open batch may be refused and discard it: nothing of this entry is staged yet.
         start = self.group.position_for(len(tail))
         staged = Staged(start)
         staged.callbacks.append(done)
         self._in_flight.append(staged)
-        self._stage_ops(staged, plain)
+        self.operations.stage(staged, plain)
         self._propose(staged, (), tail)
 
     def propose_records(
@@ -316,7 +241,7 @@ class BrokerState:
         `make_records(start, staged)` encodes `total_bytes` of records from physical offset `start` on and stages
         them with `stage_record`; it must not fail.
         """
-        plain = [self._plain_op(op) for op in ops]
+        plain = [self.operations.plain(op) for op in ops]
         tail = cbor2.dumps(plain) if plain else b""
         start = self.group.position_for(total_bytes + len(tail))
         staged = Staged(start)
@@ -324,7 +249,7 @@ class BrokerState:
             staged.callbacks.append(done)
         self._in_flight.append(staged)
         records = make_records(start, staged)
-        self._stage_ops(staged, plain)
+        self.operations.stage(staged, plain)
         self._propose(staged, records, tail)
 
     def _propose(self, staged: Staged, records: Sequence[bytes], tail: bytes) -> None:
@@ -338,168 +263,23 @@ class BrokerState:
         self.meta_bytes += len(tail)
         self.group.wake()
 
-    def _plain_op(self, op: tuple[Any, ...]) -> list[Any]:
-        """An operation as it lies in the log; table changes carry the wall time their DataVersion gets."""
-        name = op[0]
-        if name in ("topic_put", "group_put"):
-            return [name, msgspec.to_builtins(op[1]), self._wall_ms()]
-        if name == "topic_del":
-            return [name, op[1], self._wall_ms()]
-        if name == "group_del":
-            return [name, op[1], bool(op[2]), self._wall_ms()]
-        return list(op)
-
-    def stage_record(
-        self, staged: Staged, queue: QueueState, physical_offset: int, size: int, tags_code: int, store_ms: int
-    ) -> int:
-        """Stage one record of an own entry; returns the queue offset it has. Keys are added with `stage_keys`."""
-        queue_offset = queue.next_offset
-        queue.next_offset = queue_offset + 1
-        units = staged.by_queue.get(queue)
-        if units is None:
-            units = staged.by_queue[queue] = []
-        units.append(_pack_unit(physical_offset, size, tags_code))
-        staged.count += 1
-        staged.store_ms = store_ms
-        return queue_offset
-
-    def stage_keys(self, staged: Staged, topic: bytes, properties: bytes, physical_offset: int) -> bytes | None:
-        """Key index rows of one record; returns its UNIQ_KEY."""
-        seed = topic_seed(topic)
-        unique = find_property(properties, b"UNIQ_KEY\x01")
-        if unique is not None:
-            staged.hashes.append(_crc32(unique, seed))
-            staged.positions.append(physical_offset)
-        words = find_property(properties, b"KEYS\x01")
-        if words is not None:
-            for word in words.split():
-                staged.hashes.append(_crc32(word, seed))
-                staged.positions.append(physical_offset)
-        return unique
-
-    def tags_code_of(self, topic: bytes, queue_id: int, properties: bytes, store_ms: int) -> int:
-        """The tags code of a unit: hash of TAGS, or the delivery time in the schedule topic."""
-        if topic == _SCHEDULE:
-            return self.delay.due_ms(queue_id + 1, store_ms)
-        tag = find_property(properties, b"TAGS\x01")
-        return self.facts.tag_codes.of(tag) if tag is not None else 0
-
-    def stage_dedup(self, staged: Staged, topic: bytes, unique: bytes, body_crc: int, physical_offset: int) -> None:
-        """A client's own message enters the window."""
-        if self.dedup.enabled:
-            key = self.dedup.free_key(dedup_key(topic_seed(topic), unique, body_crc))
-            self.dedup.current[key] = physical_offset
-            staged.dedup_keys.append(key)
-
     # ------------------------------------------------------------------------------------------ StateMachine: staging
 
     def stage(self, entry: EntryView) -> Staged:
         """An entry from its bytes. Raises InvariantBroken where it does not follow from the entries before it."""
         data = bytes(entry.body)
         staged = Staged(entry.body_position)
-        staged.covered = entry.index <= self._covered_index
+        staged.covered = entry.index <= self.restart.covered_index
         self._in_flight.append(staged)
-        end = self._stage_records(staged, entry.count, data, staged.start)
+        end = self.staging.stage_records(staged, entry.count, data, staged.start)
         if end < len(data):
             ops = cbor2.loads(data[end:])
             if staged.covered:
-                self._stage_deletions(staged, ops)
+                self.operations.stage_deletions(staged, ops)
             else:
                 self.meta_bytes += len(data) - end
-                self._stage_ops(staged, ops)
+                self.operations.stage(staged, ops)
         return staged
-
-    def _stage_deletions(self, staged: Staged, ops: list[list[Any]]) -> None:
-        """Of an entry that the tables hold already: only what it does to the queues."""
-        for op in ops:
-            if op[0] == "topic_del":
-                staged.removed.append(self.queues.stage_delete(op[1].encode()))
-                staged.ops.append(op)
-
-    def _records_end(self, count: int, data: bytes) -> int:
-        at = 0
-        for _ in range(count):
-            (size,) = _INT.unpack_from(data, at)
-            at += size
-        return at
-
-    def _stage_records(self, staged: Staged, count: int, data: bytes, base: int) -> int:
-        """Hot: every record of every follower comes through here. Returns where the records end."""
-        pending = self.queues.pending
-        by_queue = staged.by_queue
-        known = self.facts.known
-        learn = self.facts.learn
-        find = data.find
-        find_last = data.rfind
-        # Only what clients send is deduplicated; entries with operations hold deliveries, whose keys are in use.
-        dedup = self.dedup.current if self.dedup.enabled and self._records_end(count, data) == len(data) else None
-        add_dedup_key = staged.dedup_keys.append
-        add_hash = staged.hashes.append
-        add_position = staged.positions.append
-        at = 0
-        store_ms = self.last_store_ms
-        for _ in range(count):
-            size, magic, body_crc, queue_id, queue_offset, physical, sys_flag, store_ms, reconsumed, body_length = (
-                _unpack_head(data, at)
-            )
-            end = at + size
-            if magic == MAGIC_V1 and not sys_flag & _IPV6_BITS:
-                topic_start = at + 89 + body_length
-                topic_end = topic_start + data[topic_start - 1]
-                topic = data[topic_start:topic_end]
-            else:
-                record = decode_record(data, at)
-                topic, store_ms, reconsumed = record.topic, record.store_timestamp, record.reconsume_times
-                topic_end = end - len(record.properties) - 2
-            start = topic_end + 2
-            queue = pending.get((topic, queue_id))
-            if queue is None:
-                queue = self.queues.pending_queue(topic, queue_id)
-            if (queue_offset != queue.next_offset or physical != base + at) and not (
-                staged.covered and physical == base + at and self.queues.adopt(queue, queue_offset)
-            ):
-                raise InvariantBroken(
-                    f"record at {base + at} says queue offset {queue_offset} at {physical} where {queue.topic} "
-                    f"{queue_id} is at {queue.next_offset}"
-                )
-            queue.next_offset = queue_offset + 1
-
-            found = find_last(b"UNIQ_KEY\x01", start, end)
-            value_end = find(b"\x02", found, end)
-            if found < 0 or value_end < 0 or (found != start and data[found - 1] != 2):
-                rest = data[start:end]
-                unique = find_property(rest, b"UNIQ_KEY\x01")
-            else:
-                unique = data[found + 9 : value_end]
-                rest = data[start:found] + data[value_end + 1 : end]
-            facts = known.get(rest)
-            tags_code, words, _is_ordinary = learn(rest) if facts is None else facts
-            if queue.is_schedule:
-                tags_code = self.delay.due_ms(queue_id + 1, store_ms)
-            if unique:
-                key_hash = _crc32(unique, queue.index_seed)
-                add_hash(key_hash)
-                add_position(physical)
-                if dedup is not None and not reconsumed:
-                    key = key_hash << 31 | body_crc  # dedup_key, in place
-                    if key in dedup:
-                        key = self.dedup.free_key(key)
-                    dedup[key] = physical
-                    add_dedup_key(key)
-            for word in words:
-                add_hash(_crc32(word, queue.index_seed))
-                add_position(physical)
-
-            units = by_queue.get(queue)
-            if units is None:
-                units = by_queue[queue] = []
-            units.append(_pack_unit(physical, size, tags_code))
-            at = end
-        staged.count = count
-        staged.store_ms = store_ms
-        if store_ms > self.last_store_ms:
-            self.last_store_ms = store_ms
-        return at
 
     # -------------------------------------------------------------------------------- StateMachine: apply and discard
 
@@ -511,7 +291,7 @@ class BrokerState:
         if staged.count:
             self.dedup.entry_applied(index, staged.store_ms, staged.dedup_keys, staged.start)
         if staged.covered:
-            self._apply_covered(index, staged)
+            self.restart.apply_covered(index, staged)
             return
         listeners = self.on_dispatch
         queues = self.queues
@@ -524,8 +304,7 @@ class BrokerState:
             self.index.extend(staged.hashes, staged.positions, staged.store_ms)
         self.put_messages += staged.count
         if staged.ops:
-            self._entry_term = term
-            self._apply_ops(staged)
+            self.operations.apply(staged, term)
         if staged.waiters:
             self.answers.answer_all(staged.waiters, self._touched)
             staged.waiters = []
@@ -534,30 +313,13 @@ class BrokerState:
             for done in callbacks:
                 done(True, None)
 
-    def _apply_covered(self, index: int, staged: Staged) -> None:
-        """The tables know of it; units and keys are made again. The last such entry completes them."""
-        for queue, parts in staged.by_queue.items():
-            self.queues.append(queue, b"".join(parts))
-        if staged.hashes:
-            self.index.extend(staged.hashes, staged.positions, staged.store_ms)
-        for op, removed in zip(staged.ops, staged.removed, strict=True):
-            self.queues.apply_delete(op[1], removed)
-        if index == self._covered_index:
-            self._finish_rebuild()
-
-    def _finish_rebuild(self) -> None:
-        assert self._rebuilding is not None
-        self.queues.finish_rebuild(self._rebuilding)
-        self._rebuilding = None
-        self._log.info("queues, key index and dedup window made again from the log", up_to=self._covered_index)
-
     def discard(self, staged: Staged) -> None:
         """Cut or refused: take back what `stage` moved. Newest first, so queue offsets step back in order."""
         if not self._in_flight or self._in_flight.pop() is not staged:
             raise InvariantBroken("an entry is discarded out of order")
         if staged.covered:
             raise InvariantBroken("an entry that the checkpoint of the tables covers is cut from the log")
-        self._discard_ops(staged)
+        self.operations.discard(staged)
         for queue, parts in staged.by_queue.items():
             queue.next_offset -= len(parts)
         for key in staged.dedup_keys:
@@ -603,121 +365,6 @@ class BrokerState:
             touched, self._touched = self._touched, {}
             for conn in touched:
                 conn.flush()
-
-    # ------------------------------------------------------------------------------------------------- META operations
-
-    def _stage_ops(self, staged: Staged, ops: list[list[Any]]) -> None:
-        for op in ops:
-            handlers = self._ops.get(op[0])
-            if handlers is None:
-                raise InvariantBroken(f"operation {op[0]!r} is not known: the log is of a newer version")
-            handlers[0](staged, *op[1:])
-            staged.ops.append(op)
-
-    def _apply_ops(self, staged: Staged) -> None:
-        for op in staged.ops:
-            self._ops[op[0]][1](staged, *op[1:])
-
-    def _discard_ops(self, staged: Staged) -> None:
-        for op in reversed(staged.ops):
-            self._ops[op[0]][2](staged, *op[1:])
-
-    def _topic_touched(self, name: str) -> None:
-        for listener in self.on_topic_touched:
-            listener(name)
-
-    def _stage_topic_put(self, _staged: Staged, plain: dict[str, Any], _wall_ms: int) -> None:
-        config = msgspec.convert(plain, TopicConfig)
-        self.topics.stage(config.topic_name, config)
-        self._topic_touched(config.topic_name)
-
-    def _apply_topic_put(self, _staged: Staged, plain: dict[str, Any], wall_ms: int) -> None:
-        name = plain["topicName"]
-        self.topics.apply(name)
-        self._topics_changed(name, wall_ms)
-
-    def _discard_topic_put(self, _staged: Staged, plain: dict[str, Any], _wall_ms: int) -> None:
-        self.topics.discard(plain["topicName"])
-        self._topic_touched(plain["topicName"])
-
-    def _stage_topic_del(self, staged: Staged, name: str, _wall_ms: int) -> None:
-        self.topics.stage(name, None)
-        staged.removed.append(self.queues.stage_delete(name.encode()))
-        self._topic_touched(name)
-
-    def _apply_topic_del(self, staged: Staged, name: str, wall_ms: int) -> None:
-        self.topics.apply(name)
-        self.queues.apply_delete(name, staged.removed.pop(0))
-        self.offsets.remove_topic(name)
-        self.locks.remove_topic(name)
-        self._topics_changed(name, wall_ms)
-
-    def _discard_topic_del(self, staged: Staged, name: str, _wall_ms: int) -> None:
-        self.topics.discard(name)
-        self.queues.discard_delete(staged.removed.pop())
-        self._topic_touched(name)
-
-    def _topics_changed(self, name: str, wall_ms: int) -> None:
-        self.topics.changed(wall_ms, self._entry_term)
-        self._topic_touched(name)
-        for listener in self.on_topics_changed:
-            listener([name])
-
-    def _stage_group_put(self, _staged: Staged, plain: dict[str, Any], _wall_ms: int) -> None:
-        config = msgspec.convert(plain, SubscriptionGroupConfig)
-        self.groups.stage(config.group_name, config)
-
-    def _apply_group_put(self, _staged: Staged, plain: dict[str, Any], wall_ms: int) -> None:
-        self.groups.apply(plain["groupName"])
-        self._groups_changed(plain["groupName"], wall_ms)
-
-    def _discard_group_put(self, _staged: Staged, plain: dict[str, Any], _wall_ms: int) -> None:
-        self.groups.discard(plain["groupName"])
-
-    def _stage_group_del(self, _staged: Staged, name: str, _clean: bool, _wall_ms: int) -> None:
-        self.groups.stage(name, None)
-
-    def _apply_group_del(self, _staged: Staged, name: str, clean: bool, wall_ms: int) -> None:
-        self.groups.apply(name)
-        self.locks.remove_group(name)
-        if clean:
-            self.offsets.remove_group(name)
-        self._groups_changed(name, wall_ms)
-
-    def _discard_group_del(self, _staged: Staged, name: str, _clean: bool, _wall_ms: int) -> None:
-        self.groups.discard(name)
-
-    def _groups_changed(self, name: str, wall_ms: int) -> None:
-        self.groups.changed(wall_ms, self._entry_term)
-        for listener in self.on_groups_changed:
-            listener([name])
-
-    def _stage_offsets(self, _staged: Staged, rows: list[OffsetRow]) -> None:
-        self.offsets.stage(rows)
-
-    def _apply_offsets(self, _staged: Staged, rows: list[OffsetRow]) -> None:
-        self.offsets.apply(rows)
-
-    def _discard_offsets(self, _staged: Staged, rows: list[OffsetRow]) -> None:
-        self.offsets.discard(rows)
-
-    def _stage_locks(self, _staged: Staged, rows: list[LockRow]) -> None:
-        self.locks.stage(rows)
-
-    def _apply_locks(self, _staged: Staged, rows: list[LockRow]) -> None:
-        self.locks.apply(rows)
-
-    def _discard_locks(self, _staged: Staged, rows: list[LockRow]) -> None:
-        self.locks.discard(rows)
-
-    def _stage_delay(self, _staged: Staged, level: int, next_offset: int) -> None:
-        self.delay.stage(level, next_offset)
-
-    def _apply_delay(self, _staged: Staged, level: int, _next_offset: int) -> None:
-        self.delay.apply(level)
-
-    def _discard_delay(self, _staged: Staged, level: int, _next_offset: int) -> None:
-        self.delay.discard(level)
 
     def _propose_locks(self, rows: list[LockRow], done: Done) -> None:
         self.propose_op(("locks", rows), done)
@@ -853,72 +500,19 @@ class BrokerState:
         """
         self._reset()
         self.store_files.opened()
-        tables = self._tables_of(checkpoint, first_index)
-        self.checkpoints.restored(0)
-        if tables is None:
-            self._drop_files()
-            return 0
-        self.topics.restore(tables["topics"])
-        self.groups.restore(tables["groups"])
-        self.offsets.restore(tables["offsets"])
-        self.locks.restore(tables["locks"])
-        self.delay.restore(tables["delay"])
-        self.last_store_ms = tables["last_store_ms"]
-        self.put_messages = tables["put_messages"]
-        self._covered_index = self.applied_index = tables["index"]
-        self.checkpoints.restored(tables["position"])
-        replay_from = self._covered_index
-        try:
-            self._restore_files(tables)
-        except (CheckpointUnusable, QueueFilesShort) as error:
-            self._log.warning("queues and indexes are made again from the log", reason=str(error), first=first_index)
-            self._drop_files()
-            self._rebuilding = tables["queues"]
-            self.checkpoints.soon()
-            replay_from = first_index - 1
-            if replay_from == self._covered_index:
-                self._finish_rebuild()
+        replay_from = self.restart.take_up(checkpoint, first_index)
         self.trim(first_position)
         return replay_from
 
-    def _tables_of(self, checkpoint: bytes | None, first_index: int) -> dict[str, Any] | None:
-        """None: begin empty, with the first entry there ever was."""
-        reason = "there is no checkpoint of the tables"
-        if checkpoint is not None:
-            try:
-                tables = decode_checkpoint(checkpoint)
-            except CheckpointUnusable as error:
-                reason = str(error)
-                if first_index == 1:
-                    self._log.warning("checkpoint of the tables is not used, reading the whole log", reason=reason)
-            else:
-                if tables["index"] + 1 >= first_index:
-                    return tables
-                reason = f"the tables are known only up to entry {tables['index']}"
-        if first_index > 1:
-            raise LogDamaged(f"the log begins with entry {first_index}, and {reason}")
-        return None
-
-    def _restore_files(self, tables: dict[str, Any]) -> None:
-        """Take up what lies in files. Raises CheckpointUnusable or QueueFilesShort."""
-        generations = [SavedGeneration(*row) for row in tables["dedup"]]
-        window = self.dedup_files.load(generations)
-        if window is None:
-            raise CheckpointUnusable("a file of the dedup window is missing or short")
-        self.queues.restore(tables["queues"])
-        if not self.index.restore(tables["key_index"]):
-            raise CheckpointUnusable("a key index file is missing or damaged")
-        self.dedup.take_up(window)
-
     def _reset(self) -> None:
         for name in {**self.topics.committed, **dict.fromkeys(self.topics.pending_keys())}:
-            self._topic_touched(name)
+            self.operations.topic_touched(name)
         self.runs += 1
         self._in_flight.clear()
-        self._rebuilding = None
+        self.restart.reset()
         self.meta_bytes = 0
-        self.applied_index = self._covered_index = 0
-        self.last_store_ms = 0
+        self.applied_index = 0
+        self.staging.last_store_ms = 0
         self.put_messages = 0
         self.dedup.clear()
         self.queues.forget_all()
@@ -927,16 +521,6 @@ class BrokerState:
         self.offsets.restore(None)
         self.locks.restore(None)
         self.delay.restore(None)
-
-    def _drop_files(self) -> None:
-        self.queues.remove_all()
-        self.index.restore(None)
-        self.dedup_files.remove_all()
-
-    @property
-    def is_complete(self) -> bool:
-        """Queues and indexes are not being made again: they hold what the tables hold."""
-        return self._rebuilding is None
 
     def stopped(self) -> None:
         """The run of the group has ended; the tables stay as they are until the next `restore`, if there is one."""
@@ -1019,7 +603,3 @@ class BrokerState:
         self.queues.flush()
         self.queues.close()
         self.store_files.closed()
-
-
-_SCHEDULE = SCHEDULE_TOPIC.encode()
-__all__ = ["STORE_TIMESTAMP_END", "UNIT_BYTES", "BrokerState", "Staged"]

@@ -65,7 +65,8 @@ from remoting.message_codec import encode_record, iter_batch, record_size
 
 if TYPE_CHECKING:
     from broker.consume_queue import QueueState
-    from broker.state import BrokerState, Staged
+    from broker.staging import Staged
+    from broker.state import BrokerState
 
 _pack_head = HEAD.pack
 _pack_unit = UNIT.pack
@@ -544,7 +545,7 @@ class SendProcessor:
             self._refuse_by(error, header, conn)
             return
         if not header.reconsume_times and unique:
-            self._state.stage_dedup(staged, target.topic, unique, body_crc, physical)
+            self._state.staging.stage_dedup(staged, target.topic, unique, body_crc, physical)
         if not header.flag & FLAG_ONEWAY:
             waiter = (conn, header.opaque, physical, target.answer_queue_id, queue_offset, unique.decode())
             staged.waiters.append(waiter)
@@ -576,7 +577,7 @@ class SendProcessor:
         physical = self._group.reserve(size)
         staged = state.open_staged(physical)
         queue = state.queues.pending_queue(topic, queue_id)
-        store_ms = state.next_store_ms()
+        store_ms = state.staging.next_store_ms()
         record = encode_record(
             queue_id,
             flag,
@@ -593,9 +594,9 @@ class SendProcessor:
             topic,
             properties,
         )
-        tags_code = state.tags_code_of(topic, queue_id, properties, store_ms)
-        queue_offset = state.stage_record(staged, queue, physical, size, tags_code, store_ms)
-        state.stage_keys(staged, topic, properties, physical)
+        tags_code = state.staging.tags_code_of(topic, queue_id, properties, store_ms)
+        queue_offset = state.staging.stage_record(staged, queue, physical, size, tags_code, store_ms)
+        state.staging.stage_keys(staged, topic, properties, physical)
         self._group.add_record(record)
         return staged, physical, queue_offset
 
@@ -765,7 +766,7 @@ class SendProcessor:
         records = state.read_records(position, len(keys))
         if records is None or not self._is_same(records, topic, keys):
             return False
-        if state.next_store_ms() - records[0].store_timestamp > self._dedup.window_ms:
+        if state.staging.next_store_ms() - records[0].store_timestamp > self._dedup.window_ms:
             return False
         first = records[0]
         if not state.queues.points_to(first.topic.decode(), first.queue_id, first.queue_offset, position):

@@ -220,7 +220,8 @@ def young_dedup_positions(state: BrokerState) -> list[int]:
     """Messages that can still be the original of a duplicate: a send that was cut may have displaced one that is too
     old anyway, and under which of its keys a message stands depends on when the generations rotated."""
     found: list[int] = []
-    now = max(state.env.clock.wall_ms(), state.last_store_ms)  # a follower has not seen what was cut at the leader
+    # A follower has not seen what was cut at the leader.
+    now = max(state.env.clock.wall_ms(), state.staging.last_store_ms)
     for position in {*state.dedup.previous.values(), *state.dedup.current.values()}:
         data = state.read_message(position)
         if data is None or now - decode_record(data).store_timestamp <= state.dedup.window_ms:
