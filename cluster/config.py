@@ -524,7 +524,7 @@ def _duplicate_names(config: ClusterConfig) -> Iterator[str]:
     for name in names:
         if names.count(name) > 1:
             yield f'two nodes of the cluster are called "{name}"'
-        if name in ("leader", "follower", "any", "logs"):
+        if name in ("leader", "follower", "any", "logs", "bytecode"):
             yield f'"{name}" cannot be the name of a node'
 
 

@@ -5,6 +5,7 @@ DATA/up.json         who runs now: supervisor and node pids; gone after an order
 DATA/up.lock         held by the supervisor
 DATA/logs/           n0.log (events), n0.err (what else it printed), supervisor.log
 DATA/n0/ DATA/ns0/   one folder per node
+DATA/bytecode/       compiled modules, where Python may not keep them beside their sources; can be removed at any time
 """
 
 from __future__ import annotations
@@ -61,6 +62,10 @@ class Layout:
 
     def stderr(self, node: str) -> str:
         return f"{self.logs}/{node}.err"
+
+    @property
+    def bytecode(self) -> str:
+        return f"{self.data}/bytecode"
 
     def node(self, name: str) -> str:
         return f"{self.data}/{name}"

@@ -348,7 +348,12 @@ class Supervisor:
         slot.ready = trio.Event()
         stderr = self.layout.stderr(slot.node.name)
         slot.stderr_bytes = len(self._env.files.read_bytes(stderr)) if self._env.files.exists(stderr) else 0
-        child = slot.child = spawn(self._arguments(slot.node), stderr_path=stderr, event_fd_option="--event-fd")
+        child = slot.child = spawn(
+            self._arguments(slot.node),
+            stderr_path=stderr,
+            event_fd_option="--event-fd",
+            bytecode=self.layout.bytecode,
+        )
         self._enter(slot, "starting")
         self._tell("started", slot.node.name, f"{slot.node.name} started, pid {child.pid}")
         try:

@@ -77,12 +77,38 @@ def test_event_lines_are_dropped_rather_than_waited_for() -> None:
 
 async def test_a_child_is_heard_and_awaited(tmp_path: Path) -> None:
     code = "import os, sys; os.write(int(sys.argv[2]), b'hello\\n'); print('words', flush=True); sys.exit(3)"
-    child = spawn([sys.executable, "-S", "-c", code], stderr_path=str(tmp_path / "err"), event_fd_option="--fd")
+    child = spawn(
+        [sys.executable, "-S", "-c", code],
+        stderr_path=str(tmp_path / "err"),
+        event_fd_option="--fd",
+        bytecode=str(tmp_path / "bytecode"),
+    )
     async with child.events:
         assert b"".join([chunk async for chunk in child.events]) == b"hello\n"
     assert await child.wait() == 3
     assert await child.wait() == 3
     assert (tmp_path / "err").read_text() == "words\n"
+
+
+@pytest.mark.parametrize("forbidden", ["", "1"])
+async def test_a_child_keeps_its_compiled_modules_where_it_may(
+    forbidden: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", forbidden)
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)
+    module = tmp_path / "tardy.py"
+    module.write_text("")
+    child = spawn(
+        [sys.executable, "-S", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import tardy"],
+        stderr_path=str(tmp_path / "err"),
+        event_fd_option="--fd",
+        bytecode=str(tmp_path / "bytecode"),
+    )
+    async with child.events:
+        assert await child.wait() == 0
+    kept = tmp_path / "bytecode" if forbidden else tmp_path / "__pycache__"
+    assert list(kept.rglob("tardy.*.pyc"))
+    assert forbidden or not (tmp_path / "bytecode").exists()
 
 
 async def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
