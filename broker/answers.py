@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from dledger.errors import DiskFull, LedgerError, Overloaded, TooLarge
-from remoting.codes import DEFAULT_REGION, ResponseCode
+from remoting.codes import DEFAULT_REGION, FLAG_ONEWAY, ResponseCode
 from remoting.command import encode_response
-from remoting.frames import format_send_response
+from remoting.frames import SendHeader, format_send_response
 
 SendWaiter = tuple[Any, int, int, int, int, str]
 Done = Callable[[bool, str | None], None]
@@ -91,6 +91,16 @@ class SendAnswers:
         """The answer for a reason of `Done`."""
         code, remark = REFUSALS[reason or CUT]
         return self.refused(opaque, code, remark)
+
+    def refuse_send(self, header: SendHeader, conn: Answerable, code: int, remark: str) -> None:
+        """Tell a send that it is not stored, if it wants to know."""
+        if not header.flag & FLAG_ONEWAY:
+            conn.write(self.refused(header.opaque, code, remark))
+
+    def fail_send(self, header: SendHeader, conn: Answerable, reason: str | None) -> None:
+        """As `refuse_send`, for a reason of `Done`."""
+        if not header.flag & FLAG_ONEWAY:
+            conn.write(self.failed(header.opaque, reason))
 
     @staticmethod
     def reason(reason: str) -> tuple[ResponseCode, str]:

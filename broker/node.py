@@ -23,6 +23,7 @@ from broker.handlers import handlers_of
 from broker.long_poll import SWEEP_INTERVAL_S, LongPollTable
 from broker.processors.pull import COLD_READERS, PullProcessor
 from broker.processors.send import SendProcessor
+from broker.processors.send_back import SendBackProcessor
 from broker.records import UNIT
 from broker.registration import Registration
 from broker.router import Router
@@ -95,7 +96,7 @@ class BrokerNode:
             self.broker,
             send=self.send.handle_send,
             pull=self.pull.handle,
-            handlers=handlers_of(self.broker, self.send.handle_send_back),
+            handlers=handlers_of(self.broker, SendBackProcessor(self.state, self.send.appender).handle),
         )
         self.registration = Registration(self.broker)
         self.broker.when_registered = self.state.when_registered = self.registration.when_registered

@@ -157,6 +157,16 @@ def join_properties(pairs: dict[bytes, bytes]) -> bytes:
     return b"".join([name + b"\x01" + value + b"\x02" for name, value in pairs.items()])
 
 
+def int_or_zero(text: bytes | None) -> int:
+    """The number in a property; 0 where there is none."""
+    if not text:
+        return 0
+    try:
+        return int(text)
+    except ValueError:
+        return 0
+
+
 class TagCodes:
     """Java's String.hashCode of a tag, remembered for the few tags in use (store.md 4)."""
 

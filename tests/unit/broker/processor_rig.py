@@ -15,6 +15,7 @@ from broker.handlers import handlers_of
 from broker.long_poll import LongPollTable
 from broker.processors.pull import PullProcessor
 from broker.processors.send import SendProcessor
+from broker.processors.send_back import SendBackProcessor
 from broker.router import Router
 from broker.state import BrokerState
 from broker.testing import MemoryConnection, MemoryGroup
@@ -203,7 +204,7 @@ class ProcessorRig:
             self.broker,
             send=self.send_processor.handle_send,
             pull=self.pull.handle,
-            handlers=handlers_of(self.broker, self.send_processor.handle_send_back),
+            handlers=handlers_of(self.broker, SendBackProcessor(self.state, self.send_processor.appender).handle),
         )
         self.forwarder = self.router.forwarder
         self.conn = RigConnection()

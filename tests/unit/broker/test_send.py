@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from broker.processors.send_back import SendBackProcessor
 from broker.records import decode_record
 from broker.testing import MemoryConnection
 from remoting.bodies import SubscriptionGroupConfig, TopicConfig
@@ -336,14 +337,14 @@ def test_a_batch_of_too_many_small_messages_is_refused_without_reading_all_of_it
     with_topic(node, "T")
     body = batch_body((b"x", "")) * (4 * 1024 * 1024 // 23)
     read = 0
-    made = node.send._unique_keys.next
+    made = node.send.appender._unique_keys.next
 
     def counting(wall_ms: int) -> str:
         nonlocal read
         read += 1
         return made(wall_ms)
 
-    monkeypatch.setattr(node.send, "_unique_keys", SimpleNamespace(next=counting))
+    monkeypatch.setattr(node.send.appender, "_unique_keys", SimpleNamespace(next=counting))
     opaque = node.put("T", body, code=320, batch=True)
     assert node.answers()[opaque].code == 13
     assert 10_000 < read < 30_000
@@ -631,7 +632,7 @@ def test_ipv6_producers(node: Node, tmp_path: Path) -> None:
 def send_back(node: Node, offset: int, level: int = 0, **ext: str) -> Command:
     fields = {"offset": str(offset), "group": "CG", "delayLevel": str(level), "originTopic": "T", **ext}
     request = Command(code=36, opaque=900, version=479, ext=fields)
-    answer = node.send.handle_send_back(request, node.conn)
+    answer = SendBackProcessor(node.state, node.send.appender).handle(request, node.conn)
     if answer is not None:
         return decode_frame(FrameReader().cut(answer)[0])
     node.settle()
@@ -689,7 +690,8 @@ def test_send_back_refusals(node: Node, tmp_path: Path) -> None:
     assert (bad.code, bad.remark) == (1, "look message by offset failed, 99999999")
     offset = sent(node)
     assert send_back(node, offset + 1).code == 1
-    missing = node.send.handle_send_back(Command(code=36, opaque=1, ext={"group": "g"}), node.conn)
+    request = Command(code=36, opaque=1, ext={"group": "g"})
+    missing = SendBackProcessor(node.state, node.send.appender).handle(request, node.conn)
     assert missing is not None
     assert decode_frame(FrameReader().cut(missing)[0]).code == 1
     no_retry = SubscriptionGroupConfig(group_name="CG", retry_queue_nums=0)
