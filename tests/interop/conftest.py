@@ -29,6 +29,13 @@ REPOSITORY = HERE.parent.parent
 CACHE = REPOSITORY / ".cache" / "interop"
 JAVA_VERSIONS = ("4.9.8", "5.3.3")
 NODE_TOPICS = ("retry_dlq", "sync", "async", "ordered", "tag")
+JOINING = """
+[[group.node]]
+name = "n3"
+listen = "127.0.0.1:10941"
+peer = "127.0.0.1:40941"
+join = true
+"""
 _BUILD_LIMIT_S = 400
 _RUN_LIMIT_S = 200
 
@@ -50,9 +57,14 @@ class Target:
 
     def brokers(self) -> dict[int, str]:
         """Addresses of the running brokers by process id."""
-        command = [sys.executable, "-m", "cli", "ps", "--json", "--data", str(self.data)]
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=60)
-        return {node["pid"]: node["listen"] for node in json.loads(done.stdout) if node["kind"] == "broker"}
+        return {node["pid"]: node["listen"] for node in self.quorate("ps") if node["kind"] == "broker"}
+
+    def quorate(self, *words: str) -> Any:
+        """What a verb of `quorate` says about this cluster, as JSON."""
+        command = [sys.executable, "-m", "cli", *words, "--json", "--data", str(self.data)]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
 
 
 @frozen
@@ -178,10 +190,11 @@ def make_topics(target: Target, names: Sequence[str], queues: int = 4) -> None:
         wire.wait_until(lambda name=name: known(name), 30.0, f"route of {name}")  # type: ignore[misc]
 
 
-def _our_cluster(data: Path, groups: int) -> Iterator[Target]:
+def _our_cluster(data: Path, groups: int, config: Path | None = None) -> Iterator[Target]:
     base = processes.free_port_base(100, start=random.randrange(12_000, 29_000, 100), stop=31_000)
     quorate = [sys.executable, "-m", "cli"]
     command = [*quorate, "up", "--detach", "--json", "--port-base", str(base), "--groups", str(groups)]
+    command += [] if config is None else ["--config", str(config)]
     begin = time.monotonic()
     done = subprocess.run(
         [*command, "--data", str(data)], cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=90
@@ -221,6 +234,17 @@ def two_groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     if _outside() is not None:
         pytest.skip("an outside cluster is under test, which has the groups it has")
     yield from _our_cluster(tmp_path_factory.mktemp("two-groups"), 2)
+
+
+@pytest.fixture(scope="module")
+def four_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+    """One raft group of three brokers, with a fourth one beside it that is no member yet."""
+    if _outside() is not None:
+        pytest.skip("an outside cluster is under test, which has the members it has")
+    folder = tmp_path_factory.mktemp("four-nodes")
+    config = folder / "cluster.toml"
+    config.write_text((REPOSITORY / "cluster.toml").read_text() + JOINING)
+    yield from _our_cluster(folder / "data", 1, config)
 
 
 @pytest.fixture(scope="session")
@@ -360,7 +384,17 @@ class MqAdmin:
 @pytest.fixture(scope="session")
 def mqadmin(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MqAdmin]:
     """mqadmin against one group."""
-    command = java_command("5.3.3", "Admin", tmp_path_factory.mktemp("mqadmin-home"))
+    yield from _mqadmin(target, tmp_path_factory.mktemp("mqadmin-home"))
+
+
+@pytest.fixture(scope="module")
+def mqadmin_of_four(four_nodes: Target, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MqAdmin]:
+    """mqadmin against the group whose members change."""
+    yield from _mqadmin(four_nodes, tmp_path_factory.mktemp("mqadmin-home"))
+
+
+def _mqadmin(target: Target, home: Path) -> Iterator[MqAdmin]:
+    command = java_command("5.3.3", "Admin", home)
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
