@@ -19,7 +19,7 @@ from typing import Any
 import trio
 from attrs import evolve
 
-from dledger.config import GroupConfig
+from dledger.config import Address, GroupConfig
 from dledger.core.errors import LocalError
 from dledger.core.membership import AddLearner, Change, Members, Promote, Remove, decode_members, encode_members
 from dledger.core.raft import Raft
@@ -30,7 +30,7 @@ from dledger.fetch import Exchange, FetchClient, FetchServer, LogSource
 from dledger.install import Installer, Pulled, adds_to, complete_install, finish_install
 from dledger.machine import EntryView, GroupStatistics, StateMachine
 from dledger.open_batch import OpenBatch
-from dledger.peers import Peers
+from dledger.peers import Peers, Refused
 from dledger.repair import Deaf, Mended, RepairPhase
 from dledger.store.checkpoint import Checkpoint, drop_checkpoints, read_checkpoint, write_checkpoint
 from dledger.store.failure import has_failed
@@ -753,14 +753,34 @@ class RaftGroup:
         """Add a learner, promote it, or remove a member; returns once that is committed. One at a time. Checkpoint;
         cancelling leaves the outcome open.
 
-        Raises NotLeader, or LedgerError with the reason.
+        Raises NotLeader, or LedgerError with the reason: also where somebody else than the node answers at its address,
+        and, for a promotion, where nobody does, as that address stays in the log for all members.
         """
         driver = self._leading()
         if driver.peers.oldest_version < 2:
             raise LedgerError("a member still runs a version that does not know changes of members; upgrade it first")
+        match change:
+            case AddLearner(node, address):
+                await self._check_address(driver, node, address, is_needed=False)
+            case Promote(node) if node in driver.members.learners and node not in self.config.dial:
+                await self._check_address(driver, node, driver.members.addresses[node], is_needed=True)
         reason = await self._outcome(lambda told: driver.change_members(change, told), None)
         if reason is not None:
             raise LedgerError(str(reason))
+
+    async def _check_address(self, driver: Driver, node: str, address: Address, *, is_needed: bool) -> None:
+        """Raises LedgerError where `address` is not, or does not seem to be, that of `node`."""
+        place = f"{node} at {address[0]}:{address[1]}"
+        try:
+            await driver.peers.look_at(node, address)
+        except Refused as error:
+            raise LedgerError(f"{place} is not found: {error}") from error
+        except (OSError, trio.TooSlowError) as error:
+            if is_needed:
+                raise LedgerError(
+                    f"{place}, as the log has it, does not answer ({error}); where it is reached at another address,"
+                    " add it again with that one"
+                ) from error
 
     def accept_loss(self) -> None:
         """The operator's word that what a power loss or damage took from this node is given up: it votes again."""

@@ -386,6 +386,40 @@ class Peers:
             if link is not None:
                 link.close()
 
+    async def look_at(self, node: str, address: Address) -> None:
+        """Ask who takes connections at `address`, before the log says that `node` does: a few seconds at most.
+
+        Raises Refused where that is somebody else, OSError or trio.TooSlowError where nobody answers. Checkpoint;
+        cancel-safe.
+        """
+        with self._env.clock.fail_after(DIAL_SECONDS_MAX + HANDSHAKE_SECONDS_MAX):
+            stream = await self._env.net.dial(*address, timeout=DIAL_SECONDS_MAX)
+            try:
+                give_up_after(stream, UNANSWERED_SECONDS_MAX)
+                hello = self._hello(node)
+                await stream.send_parts(encode(KIND_HELLO, hello_fields(hello, self._versions[1])))
+                answer = await _receive_one(stream, MessageReader())
+                if answer.kind == KIND_REFUSED:
+                    raise Refused(self._told(" ".join(str(field) for field in answer.fields[:1])))
+                if answer.kind != KIND_WELCOME or len(answer.fields) != 2:
+                    raise Refused("no node of a raft group answers there")
+                welcome = decode_hello(Received(KIND_WELCOME, answer.fields[0], answer.raw))
+                if welcome.node_id != node:
+                    raise Refused(f"it is {welcome.node_id}")
+            except (trio.BrokenResourceError, WireError) as error:
+                raise Refused(f"no node of a raft group answers there ({error})") from error
+            finally:
+                stream.abort()
+
+    def _told(self, reason: str) -> str:
+        """Why a node will have nothing to do with this one, and what to do where its folder is another group's."""
+        if " uuid " not in reason:
+            return f"it answers: {reason}"
+        return (
+            f"it answers: {reason}; empty its folder, and start it with --join and"
+            f' identity = "{self._identity.cluster_uuid}" in the [[group]] of its cluster.toml'
+        )
+
     async def run(self, listener: Listener) -> None:
         """Accept and dial for ever. Checkpoint."""
         async with trio.open_nursery() as nursery:
