@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
+from broker.errors import DISK_FULL
 from broker.store_files import encode_checkpoint
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ SOON_INTERVAL_S: Final = 1.0
 """Between two checkpoints that were asked for."""
 ROOM_BYTES: Final = 64 * 1024 * 1024
 """On a disk with less room than that (or a sixteenth) no checkpoint is begun: half of one would have to be undone."""
+FULL_PAUSE_S: Final = 5.0
+"""After one that had to be undone all the same (a quota): until the next try."""
 
 
 class Checkpoints:
@@ -31,6 +34,7 @@ class Checkpoints:
         self._position = 0
         self._at = 0.0
         self._wanted = False
+        self._paused_until = 0.0
         self.saved_index = 0
         """What the last one covers."""
 
@@ -50,7 +54,10 @@ class Checkpoints:
         config = state.config
         if not state.group.is_serving:
             return False  # a log that is repaired or replayed: the tables are on their way
-        since = state.env.clock.monotonic() - self._at
+        now = state.env.clock.monotonic()
+        since = now - self._at
+        if now < self._paused_until:
+            return False
         if self._wanted:
             return since >= SOON_INTERVAL_S
         if since < config.checkpoint_interval_ms / 1000:
@@ -61,12 +68,18 @@ class Checkpoints:
     async def save(self) -> None:
         """Write queues, index, dedup window and tables. Checkpoint (trio). Raises OSError.
 
-        Gives up without a word where the tables are loaded anew meanwhile, and on a full disk: the log has it all.
+        Gives up without a word where the tables are loaded anew meanwhile, and on a full disk: the log has it all, and
+        what was collected stays for the next one.
         """
         async with self._lock:
             free, total = self._state.env.files.free_space(self._state.config.data_dir)
             if free >= min(ROOM_BYTES, total // 16):
-                await self._save()
+                try:
+                    await self._save()
+                except OSError as error:
+                    if error.errno not in DISK_FULL:
+                        raise
+                    self._paused_until = self._state.env.clock.monotonic() + FULL_PAUSE_S
 
     async def _save(self) -> None:
         state = self._state
@@ -99,19 +112,29 @@ class Checkpoints:
         }
         shrunk = state.queues.collect_shrunk()
         dropped = state.index.collect_dropped()
+        before = state.meta_bytes, self._position
         state.meta_bytes = 0
         self._wanted = False
         self._at = state.env.clock.monotonic()
         self._position = position
-        await state.dedup_files.append(state.dedup, unsaved, run_in_thread)
-        await state.queues.sync()
-        await state.index.sync()
-        if not index or state.runs != run:
-            return
-        blob = await run_in_thread(encode_checkpoint, tables)
-        if state.runs != run:
-            return
-        is_saved = await run_in_thread(state.group.save_checkpoint, index, blob)
+        try:
+            await state.dedup_files.append(state.dedup, unsaved, run_in_thread)
+            await state.queues.sync()
+            await state.index.sync()
+            if not index or state.runs != run:
+                return
+            blob = await run_in_thread(encode_checkpoint, tables)
+            if state.runs != run:
+                return
+            is_saved = await run_in_thread(state.group.save_checkpoint, index, blob)
+        except OSError:
+            if state.runs == run:  # what was collected for this one is the next one's
+                state.dedup.give_back(unsaved)
+                state.queues.give_back_shrunk(shrunk)
+                state.index.give_back_dropped(dropped)
+                state.meta_bytes += before[0]
+                self._position = before[1]
+            raise
         if not is_saved or state.runs != run:
             return  # the group has stopped meanwhile: an older checkpoint counts, with the files it names
         self.saved_index = index

@@ -571,6 +571,10 @@ class QueueTable:
         shrunk, self._shrunk = self._shrunk, {}
         return [(queue, queue.min_offset) for queue in shrunk]
 
+    def give_back_shrunk(self, shrunk: list[tuple[QueueState, int]]) -> None:
+        """No checkpoint came of it: their files wait for the next one."""
+        self._shrunk.update((queue, None) for queue, _ in shrunk)
+
     async def drop_files(self, shrunk: list[tuple[QueueState, int]]) -> None:
         """Remove the files wholly below. Checkpoint (trio). Raises OSError."""
         for queue, minimum in shrunk:

@@ -177,6 +177,16 @@ class DedupWindow:
             saved.append(SavedGeneration(start_index, start_ms, self._rows[which]))
         return saved, unsaved
 
+    def give_back(self, unsaved: list[UnsavedKeys]) -> None:
+        """No checkpoint came of what was collected: it belongs to the next one. A generation that is gone meanwhile
+        needs no file any more."""
+        starts = self.previous_start_index, self.current_start_index
+        for part in unsaved:
+            if part.start_index in starts:
+                which = starts.index(part.start_index)
+                self._rows[which] = part.from_row
+                self._unsaved[which] = part.keys + self._unsaved[which]
+
     def take_up(self, generations: list[tuple[SavedGeneration, dict[int, int]]]) -> None:
         """Begin with what a checkpoint covers: the older generation first."""
         self.clear()

@@ -340,6 +340,10 @@ class KeyIndex:
         dropped, self._dropped = self._dropped, []
         return dropped
 
+    def give_back_dropped(self, dropped: list[str]) -> None:
+        """No checkpoint came of it: they wait for the next one."""
+        self._dropped = dropped + self._dropped
+
     def remove(self, dropped: list[str]) -> None:
         """Remove files of dropped segments, once a checkpoint without them is saved. Raises OSError."""
         for path in dropped:

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import cbor2
 
+from broker.errors import DISK_FULL
 from runtime.model import Env
 
 CHECKPOINT_VERSION: Final = 2
@@ -34,7 +35,11 @@ class StoreFiles:
         self._open = True
         self._files.make_dirs(self._data_dir)
         self.abnormal_exit = self._files.exists(self._path)
-        self._files.write_atomic(self._path, f"{self._pid}".encode())
+        try:
+            self._files.write_atomic(self._path, f"{self._pid}".encode())
+        except OSError as error:
+            if error.errno not in DISK_FULL:  # on a full disk a node starts all the same: only then can it make room
+                raise
 
     def closed(self) -> None:
         """Everything is written: take the mark away. Raises OSError."""

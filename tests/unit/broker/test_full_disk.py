@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attrs import evolve
 
 from broker.consume_queue import QueueTable
 from broker.key_index import KeyIndex
 from broker.records import UNIT
+from broker.store_files import StoreFiles
 from runtime.faults import FaultyFiles
-from tests.unit.broker.state_kit import make_node
+from tests.unit.broker.state_kit import ManualClock, make_env, make_node
 
 GREAT = 1 << 40
 
@@ -109,3 +111,12 @@ async def test_no_checkpoint_is_begun_without_room(tmp_path: Path, monkeypatch: 
     free[0] = 1 << 30
     await node.state.checkpoint()
     assert saved == [7]
+
+
+def test_a_node_starts_on_a_full_disk(disk: _Disk, tmp_path: Path) -> None:
+    """Only a node that runs can make room."""
+    disk.set_room(0)
+    marks = StoreFiles(evolve(make_env(ManualClock()), files=disk), str(tmp_path / "data"))
+    marks.opened()
+    assert not marks.abnormal_exit and not disk.exists(f"{tmp_path}/data/abort")
+    marks.closed()

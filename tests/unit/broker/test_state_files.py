@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import struct
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker.consume_queue import QueueFilesShort, QueueState, QueueTable
-from broker.dedup import DedupWindow
+from broker.dedup import DedupFiles, DedupWindow
 from broker.key_index import KeyIndex, index_key, rows_of
 from broker.processors.send import SendProcessor
 from broker.records import (
@@ -440,6 +441,43 @@ async def test_a_restart_ends_where_the_node_was(tmp_path: Path, covered: int, l
         int(answer.ext["queueOffset"])
         == {(topic, queue): high for topic, queue, _low, high in wanted["bounds"]}["T", 1]
     )
+
+
+@pytest.mark.parametrize("where", ["window", "blob"])
+async def test_a_checkpoint_undone_for_lack_of_room_leaves_nothing_out_of_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    node = make_node(tmp_path / "a", **SMALL)
+    busy(node, 10)
+    await node.state.checkpoint()
+    busy(node, 8, 10)
+    node.state.queues.trim(node.group.committed_position // 2)
+
+    def fail(*arguments: Any) -> Any:
+        raise OSError(errno.ENOSPC, "full")
+
+    async def fail_later(*arguments: Any) -> Any:
+        fail()
+
+    with monkeypatch.context() as full:
+        full.setattr(
+            *((DedupFiles, "append", fail_later) if where == "window" else (node.group, "save_checkpoint", fail))
+        )
+        await node.state.checkpoint()
+    assert len(node.group.checkpoints) == 1
+    node.state.checkpoints.soon()
+    node.clock.advance(3000)
+    assert not node.state.checkpoints.is_due, "not at once, and not each second"
+    node.clock.advance(3000)
+    assert node.state.checkpoints.is_due
+    busy(node, 8, 18)
+    await node.state.checkpoint()
+    assert len(node.group.checkpoints) == 2
+    again = restart(node, tmp_path / "a", checkpoint=node.group.checkpoints[-1][1], clock=node.clock)
+    assert not [line for line, _ in again.log.lines if "made again" in line]
+    wanted = {**node.state.dedup.previous, **node.state.dedup.current}
+    assert {**again.state.dedup.previous, **again.state.dedup.current} == wanted and len(wanted) > 20
+    assert tables_of(again.state)["bounds"] == tables_of(node.state)["bounds"]
 
 
 async def test_a_clean_stop_leaves_no_abort_mark_and_a_checkpoint_of_everything(tmp_path: Path) -> None:
