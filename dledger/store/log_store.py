@@ -22,7 +22,7 @@ from dledger.store.meta import MetaFile, format_meta
 from dledger.store.options import StoreOptions
 from dledger.store.recovery import RecoveredLog, recover_log
 from dledger.store.rows import DISK_FULL, ROW_BYTES, row_of
-from dledger.store.segments import Segment, create_segment, remove_segments, segment_bases
+from dledger.store.segments import Segment, create_segment, remove_segments, retire_all, segment_bases
 from dledger.store.staging import complete_install
 from runtime.model import Env, Files
 
@@ -60,10 +60,14 @@ def _load(files: Files, folder: str, segment_bytes: int, durable_index: int, hin
     complete_install(files, folder)
     forget_cached_pages(files, folder)
     recovered = recover_log(files, folder, segment_bytes, durable_index, hint_is_evidence=hint_is_evidence)
-    if not recovered.segments:
-        first_base = recovered.base.first_base(segment_bytes)
-        recovered.segments.append(create_segment(files, folder, first_base, segment_bytes))
-    clear_failed(files, folder)
+    try:
+        if not recovered.segments:
+            first_base = recovered.base.first_base(segment_bytes)
+            recovered.segments.append(create_segment(files, folder, first_base, segment_bytes))
+        clear_failed(files, folder)
+    except OSError:
+        retire_all(recovered.segments)
+        raise
     return recovered
 
 
@@ -99,7 +103,6 @@ class LogStore(LogReader):
         self.is_slow = False
         """A write took longer than 50 ms lately: `write_in_thread` is to be used instead of `write`."""
         self._fast_writes = 0
-        self.last_write_seconds = 0.0
         self.last_write_seconds = 0.0
 
     @classmethod
@@ -384,12 +387,14 @@ class LogStore(LogReader):
             if active.first_index >= from_index:
                 active.first_index = 0
             self._dirty = [segment for segment in self._dirty if segment not in removed and segment is not active]
-            if self._meta.durable_mark >= from_index:
-                await self._meta.save_mark(self.last_index)
             try:
+                if self._meta.durable_mark >= from_index:
+                    await self._meta.save_mark(self.last_index)
                 await self._env.run_in_thread(self._cut_files, active, removed, new_end, old_end)
             except OSError as error:
                 raise StoreFailed(f"cutting the log in {self._folder} failed: {error}") from error
+            finally:
+                retire_all(removed)  # also when this is cancelled: nothing else knows of them any more
 
     def _cut_files(self, active: Segment, removed: Sequence[Segment], new_end: int, old_end: int) -> None:
         files = self._env.files
@@ -399,8 +404,6 @@ class LogStore(LogReader):
             active.rows.sync_now()
         if removed:
             remove_segments(files, self._folder, [segment.base for segment in removed])
-            for segment in removed:
-                segment.retire()
         active.zero(max(new_end - active.base, 0), min(old_end, active.end) - active.base)
         active.file.sync_now()
 
@@ -415,6 +418,7 @@ class LogStore(LogReader):
             if not count:
                 return
             last = self._segments[count].first_index - 1
+            removed: list[Segment] = []
             try:
                 base = await self._env.run_in_thread(self._base_at, last)
                 await self._write_base(base)
@@ -438,8 +442,8 @@ class LogStore(LogReader):
                 if error.errno in DISK_FULL and self._segments[0].first_index <= last:
                     return  # not even the record of what was before fits; nothing has changed, a later trim may do
                 raise StoreFailed(f"trimming the log in {self._folder} failed: {error}") from error
-            for segment in removed:
-                segment.retire()
+            finally:
+                retire_all(removed)  # also when this is cancelled: the next recovery removes the files
 
     async def _write_base(self, base: BaseRecord) -> None:
         """On a full disk the spare makes room: what is trimmed gives back more than that."""
@@ -471,5 +475,4 @@ class LogStore(LogReader):
 
     def abandon(self) -> None:
         """Close the files as they are, as a killed process would; those a thread reads from, when it has ended."""
-        for segment in [*self._segments, *([self._spare] if self._spare is not None else [])]:
-            segment.retire()
+        retire_all([*self._segments, *([self._spare] if self._spare is not None else [])])

@@ -31,6 +31,7 @@ SLOT_DISTANCE = 4096
 SLOTS = 4
 FLAG_CLEAN = 1
 FLAG_RECOVERING = 2
+FLAG_ASYNC = 4
 
 _FORGOT = (
     "without term and vote this node must not start; move its folder away and start it with --join: its peers fill it"
@@ -55,6 +56,9 @@ class Meta:
     """Short form of the machine's boot id when the slot was written."""
     recovering: bool = False
     """The log may lack entries this node acknowledged: no vote and no campaign until a leader has confirmed it."""
+    is_async: bool = False
+    """The run that writes this log acknowledges from the page cache, so an end that is not clean may cost it entries,
+    whatever the next start is configured to do. Slots of earlier programs do not say."""
 
 
 def identity_of(identity: Format) -> bytes:
@@ -73,7 +77,9 @@ def pack_slot(meta: Meta, identity: bytes) -> bytes:
         META_MAGIC,
         0,
         META_VERSION,
-        (FLAG_CLEAN if meta.clean else 0) | (FLAG_RECOVERING if meta.recovering else 0),
+        (FLAG_CLEAN if meta.clean else 0)
+        | (FLAG_RECOVERING if meta.recovering else 0)
+        | (FLAG_ASYNC if meta.is_async else 0),
         len(vote),
         meta.sequence,
         meta.term,
@@ -101,6 +107,7 @@ def unpack_slot(slot: bytes) -> tuple[Meta, bytes, int] | None:
             clean=bool(flags & FLAG_CLEAN),
             boot=boot,
             recovering=bool(flags & FLAG_RECOVERING),
+            is_async=bool(flags & FLAG_ASYNC),
         ),
         identity,
         version,
@@ -187,15 +194,16 @@ class MetaFile:
         self._wanted = evolve(self._wanted, durable_index=durable_index, clean=clean)
         await self._save()
 
-    async def save_started(self, boot: bytes, *, recovering: bool | None = None) -> None:
+    async def save_started(self, boot: bytes, *, recovering: bool | None = None, is_async: bool = False) -> None:
         """This process writes to the log from now on: no clean stop any more. Checkpoint.
 
         `recovering` is kept with it, so that a node killed before a leader has confirmed its log does not forget;
-        None leaves it as it is.
+        None leaves it as it is. `is_async`: it acknowledges what only the page cache has. To be called once all that
+        recovery found is on stable storage, for what an earlier run acknowledged is judged by the former value.
         """
         if recovering is None:
             recovering = self._wanted.recovering
-        self._wanted = evolve(self._wanted, clean=False, boot=boot, recovering=recovering)
+        self._wanted = evolve(self._wanted, clean=False, boot=boot, recovering=recovering, is_async=is_async)
         await self._save()
 
     async def save_recovering(self, recovering: bool) -> None:

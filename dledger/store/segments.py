@@ -7,7 +7,7 @@ never changes, so its map stays valid: a cut overwrites with zeros, deletion is 
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from dledger.core.types import BODY_BYTES_MAX, HEADER_BYTES, BadFrame, Entry, parse_entry
 from dledger.errors import LogDamaged
@@ -203,6 +203,12 @@ class Segment:
     def close(self) -> None:
         self.file.close()
         self.rows.close()
+
+
+def retire_all(segments: Iterable[Segment]) -> None:
+    """Close the files of segments that are the log's no longer, as `Segment.retire` does."""
+    for segment in segments:
+        segment.retire()
 
 
 def create_segment(files: Files, folder: str, base: int, nbytes: int, *, warm: bool = False) -> Segment:
