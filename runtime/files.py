@@ -169,6 +169,14 @@ class RealFile:
     def size(self) -> int:
         return os.fstat(self._descriptor).st_size
 
+    def is_at(self, path: str) -> bool:
+        """Whether `path` leads to this very file: not after it was removed, or another one put in its place."""
+        try:
+            there = os.stat(path)  # noqa: PTH116 - plain strings are this seam's language
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(there, os.fstat(self._descriptor))
+
     def map(self) -> memoryview:
         """Read-only view of the whole file at its present size; it stays valid after `close`."""
         nbytes = self.size()

@@ -95,6 +95,9 @@ class File(Protocol):
 
     def size(self) -> int: ...
 
+    def is_at(self, path: str) -> bool:
+        """Whether `path` leads to this very file: not after it was removed, or another one put in its place."""
+
     def map(self) -> memoryview:
         """Read-only view of the whole file at its present size. The file's length must not change afterwards."""
 

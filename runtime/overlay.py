@@ -97,6 +97,9 @@ class OverlayFile:
     def size(self) -> int:
         return self._size
 
+    def is_at(self, path: str) -> bool:
+        return self._path == path
+
     def map(self) -> memoryview:
         """A copy."""
         return memoryview(self.pread(self._size, 0))

@@ -20,6 +20,7 @@ from dledger.store.verify import CHUNK_BYTES, chunks_of, is_verified, verify_chu
 from runtime.model import Env
 
 SCRUB_EVERY_SECONDS = 24 * 3600.0
+WATCH_EVERY_SECONDS = 60.0
 CHUNKS_ON_LOOP_MAX = 2
 """So many chunks are verified on the spot; that takes a few milliseconds where the page cache has them."""
 _WALK_BYTES = 1 << 20
@@ -128,10 +129,13 @@ class LogReader:
     def _segment_of(self, index: int) -> Segment:
         return self._segments[self._number_of(index)]
 
-    def _row(self, index: int) -> Row:
+    def _refuse_faulty(self, index: int) -> None:
         for fault in self.faults:
             if fault.first_index <= index <= (fault.last_index or index):
                 raise EntryDamaged(fault)
+
+    def _row(self, index: int) -> Row:
+        self._refuse_faulty(index)
         pending = self._rows.get(index)
         row = unpack_row(pending) if pending is not None else self._segment_of(index).row(index)
         return row if row is not None else self._find_row(index)
@@ -177,6 +181,7 @@ class LogReader:
         found = {index: body for index, body in self._configs.items() if index > after_index}
         index = max(after_index + 1, self.first_index)
         while index <= self._recovered_last:
+            self._refuse_faulty(index)
             number = self._number_of(index)
             segment = self._segments[number]
             stop = self._last_of(number, self._recovered_last)
@@ -222,17 +227,23 @@ class LogReader:
             return None
         if segment.unverified is not None and not self._verify_few(segment, offset, nbytes):
             return None
+        if not segment.is_whole:
+            raise self._truncated(segment)
         return segment.view[offset : offset + nbytes]
 
     def read_cached(self, position: int, nbytes: int) -> bytes | None:
-        """A copy of what `read` shows, or None where it would have to come from the disk or be verified first."""
+        """A copy of what `read` shows, or None where it would have to come from the disk or be verified first. Raises
+        EntryDamaged."""
         offset = position % self._segment_bytes
         segment = self._by_base.get(position - offset)
         if segment is None or offset + nbytes > self._segment_bytes:
             return None
         if segment.unverified is not None and not is_verified(segment, *chunks_of(offset, nbytes)):
             return None
-        return segment.file.pread_nowait(nbytes, offset)
+        data = segment.file.pread_nowait(nbytes, offset)
+        if data is not None and len(data) < nbytes:
+            raise self._truncated(segment)
+        return data
 
     async def read_in_thread(self, position: int, nbytes: int) -> bytes | None:
         """As `read`, without a page fault on the loop. Checkpoint. Raises EntryDamaged."""
@@ -245,12 +256,14 @@ class LogReader:
         try:
             if segment.unverified is not None:
                 await self._verify_in_thread(segment, *chunks_of(offset, nbytes))
-            return await segment.file.pread_in_thread(nbytes, offset)
+            data = await segment.file.pread_in_thread(nbytes, offset)
+            if len(data) < nbytes:
+                raise self._truncated(segment)
+            return data
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
-            fault = FaultyRange(segment.first_index, None, segment.base, None, 0, None, f"unreadable: {error}")
-            raise self._met(EntryDamaged(fault), segment) from error
+            raise self._met(self._damage_of(segment, f"unreadable: {error}"), segment) from error
         finally:
             segment.leave()
 
@@ -266,10 +279,12 @@ class LogReader:
         return data
 
     async def scrub(self, bytes_per_second: int) -> None:
-        """Verify the closed segments, again and again, once a day. Runs until cancelled. Raises EntryDamaged."""
+        """Verify the closed segments and their names, again and again, once a day. Runs until cancelled. Raises
+        EntryDamaged."""
         clock = self._env.clock
         while True:
             started = clock.monotonic()
+            await self.check_files()  # what is read below is read by descriptor: a removed file would look whole
             for base in [segment.base for segment in self._segments[:-1]]:
                 for chunk in range(-(-self._segment_bytes // CHUNK_BYTES)):
                     segment = self._by_base.get(base)
@@ -285,6 +300,46 @@ class LogReader:
                     self.scrubbed_chunks += 1
                     await clock.sleep(CHUNK_BYTES / bytes_per_second)
             await clock.sleep_until(started + SCRUB_EVERY_SECONDS)
+
+    async def watch_files(self) -> None:
+        """`check_files`, once a minute. Runs until cancelled."""
+        while True:
+            await self._env.clock.sleep(WATCH_EVERY_SECONDS)
+            await self.check_files()
+
+    async def check_files(self) -> None:
+        """Look whether the log's files are the ones that were opened, and have their sizes: in a thread, some
+        microseconds a segment. Checkpoint. Raises EntryDamaged where somebody has removed, replaced or truncated one:
+        the next start would find it so. A spare segment is just made anew.
+        """
+        segments = [*self._segments, *([self._spare] if self._spare is not None else [])]
+        for segment in segments:
+            segment.enter()
+        try:
+            displaced: dict[int, str] = await self._env.run_in_thread(self._displaced, segments)
+        finally:
+            for segment in segments:
+                segment.leave()
+        for number, reason in displaced.items():
+            segment = segments[number]
+            if segment is self._spare:
+                self._spare = None
+                segment.retire()
+            elif self._by_base.get(segment.base) is segment:  # else it was trimmed or cut meanwhile
+                raise self._met(self._damage_of(segment, reason), segment)
+
+    def _displaced(self, segments: Sequence[Segment]) -> dict[int, str]:
+        found = ((number, segment.displacement(self._folder)) for number, segment in enumerate(segments))
+        return {number: reason for number, reason in found if reason}
+
+    def _truncated(self, segment: Segment) -> EntryDamaged:
+        return self._met(self._damage_of(segment, f"{segment.file.path} was truncated"), segment)
+
+    def _damage_of(self, segment: Segment, reason: str) -> EntryDamaged:
+        """To a whole segment: where it begins is all that is known."""
+        return EntryDamaged(
+            FaultyRange(segment.first_index or self.last_index + 1, None, segment.base, None, 0, None, reason)
+        )
 
     def _verify_few(self, segment: Segment, offset: int, nbytes: int) -> bool:
         first, last = chunks_of(offset, nbytes)

@@ -61,8 +61,9 @@ def recover_log(
 ) -> RecoveredLog:
     """Load a log; `durable_index` is the mark in the meta slot. Blocks; run it in a thread.
 
-    Damage is reported in `faults`. Raises LogDamaged where it cannot be told what belongs to the log: a newer frame
-    version, a trimmed log without its base record. Raises OSError where the folder cannot be used.
+    Damage is reported in `faults`; so is the beginning of a trimmed log whose base record is lost, for the peers have
+    either the entries or a newer beginning. Raises LogDamaged where it cannot be told what belongs to the log: a newer
+    frame version. Raises OSError where the folder cannot be used.
     """
     base = read_base(files, folder) or BaseRecord()
     segments = _open_all(files, folder, segment_bytes, base)
@@ -98,7 +99,11 @@ def _recover(
     for number, segment in enumerate(segments):
         following = segments[number + 1] if number + 1 < len(segments) else None
         if segment.base != expected:
-            walk.open_hole(f"segment {segment_name(expected)} is missing", contradicts=True, is_missing=True)
+            reason = f"segment {segment_name(expected)} is missing"
+            if number == 0 and not base.index:
+                reason += ", and no record says that it was trimmed"
+            # No cut removes the first segment, and a trim leaves its record first: evidence enough.
+            walk.open_hole(reason, contradicts=True, unreadable=number == 0, is_missing=True)
         expected = segment.end
         if segment.base in suspects or not _is_complete(segment, following, walk):
             walk_segment(segment, survey.standing(number), walk)
@@ -138,11 +143,6 @@ def _open_all(files: Files, folder: str, segment_bytes: int, base: BaseRecord) -
     for each in there:
         if each % segment_bytes:
             raise LogDamaged(f"segment {segment_name(each)} does not begin at a multiple of {segment_bytes}")
-    if bases and there[0] > first_base and not base.index:
-        raise LogDamaged(
-            f"the log begins with segment {segment_name(there[0])} and the record of what lay before it is missing;"
-            " move the node's folder away and start it with --join: its peers fill it"
-        )
     if below := [each for each in there if each < first_base]:
         remove_segments(files, folder, below)  # a trim that was cut short
     segments: list[Segment] = []

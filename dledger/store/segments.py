@@ -185,6 +185,22 @@ class Segment:
             self.file.pwrite(_ZEROS[:step], end - step)
             end -= step
 
+    def displacement(self, folder: str) -> str:
+        """What has become of the files since they were opened; empty where both are in their places, whole. Blocks."""
+        name = segment_name(self.base)
+        if not self.file.is_at(f"{folder}/{LOG_FOLDER}/{name}"):
+            return f"segment {name} was removed or replaced"
+        if not self.is_whole:
+            return f"segment {name} was truncated"
+        if not self.rows.is_at(f"{folder}/{ROWS_FOLDER}/{name}"):
+            return f"the side rows of segment {name} were removed or replaced"
+        return ""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the file has its size still: touching the map of one that is shorter ends the process (SIGBUS)."""
+        return self.file.size() >= self.nbytes
+
     def enter(self) -> None:
         """A thread reads from now on: the files stay open until `leave`."""
         self._readers += 1

@@ -415,6 +415,10 @@ class SimFile:
         self._check()
         return len(self._inode.cached)
 
+    def is_at(self, path: str) -> bool:
+        self._check()
+        return self._disk.find(path) is self._inode
+
     def map(self) -> memoryview:
         self._check()
         return memoryview(self._inode.cached).toreadonly()

@@ -76,6 +76,9 @@ class CrashFile:
     def size(self) -> int:
         return len(self.inode.cached)
 
+    def is_at(self, path: str) -> bool:
+        return self._files.find(path) is self.inode
+
     def map(self) -> memoryview:
         return memoryview(bytes(self.inode.cached))
 
@@ -124,7 +127,7 @@ class CrashFiles:
                     each.cached = bytearray(each.durable)
                 each.durable = bytes(each.cached)
 
-    def _find(self, path: str) -> Inode | Folder | None:
+    def find(self, path: str) -> Inode | Folder | None:
         here: Inode | Folder | None = self.root
         for part in path.strip("/").split("/"):
             if not isinstance(here, Folder):
@@ -134,13 +137,13 @@ class CrashFiles:
 
     def _above(self, path: str) -> tuple[Folder, str]:
         above, _, name = path.strip("/").rpartition("/")
-        folder = self._find(above) if above else self.root
+        folder = self.find(above) if above else self.root
         if not isinstance(folder, Folder):
             raise FileNotFoundError(path)
         return folder, name
 
     def open(self, path: str, *, create: bool = False) -> CrashFile:
-        found = self._find(path)
+        found = self.find(path)
         if found is None:
             if not create:
                 raise FileNotFoundError(path)
@@ -151,10 +154,10 @@ class CrashFiles:
         return CrashFile(self, path, found)
 
     def exists(self, path: str) -> bool:
-        return self._find(path) is not None
+        return self.find(path) is not None
 
     def listdir(self, path: str) -> list[str]:
-        found = self._find(path)
+        found = self.find(path)
         return sorted(found.cached) if isinstance(found, Folder) else []
 
     def make_dirs(self, path: str) -> None:
@@ -194,7 +197,7 @@ class CrashFiles:
         del folder.cached[name]
 
     def remove_tree(self, path: str) -> None:
-        found = self._find(path)
+        found = self.find(path)
         if isinstance(found, Folder):
             for name in sorted(found.cached):
                 self.remove_tree(f"{path}/{name}")
@@ -202,7 +205,7 @@ class CrashFiles:
             self.unlink(path)
 
     def sync_dir(self, path: str) -> None:
-        found = self._find(path) if path.strip("/") else self.root
+        found = self.find(path) if path.strip("/") else self.root
         if not isinstance(found, Folder):
             raise FileNotFoundError(path)
         self.operation(f"sync_dir {path}")

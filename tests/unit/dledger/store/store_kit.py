@@ -106,7 +106,7 @@ class Bench:
     def recover(self) -> RecoveredLog:
         """Recover and check that everything which is not reported is the truth."""
         recovered = recover_log(self.files, str(self.folder), SEGMENT, self.mark)
-        last = max(self.entries)
+        last = max(self.entries, default=0)
         faulty = {
             index
             for fault in recovered.faults

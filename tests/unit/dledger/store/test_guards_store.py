@@ -17,7 +17,7 @@ from dledger.core.types import HEADER_BYTES, Entry, EntryType, frame_entry
 from dledger.errors import LogDamaged, MetaDamaged
 from dledger.store.base import BaseRecord, pack_base, unpack_base
 from dledger.store.checkpoint import read_checkpoint, write_checkpoint
-from dledger.store.faults import FaultyRange, read_suspects
+from dledger.store.faults import EntryDamaged, FaultyRange, read_suspects, refuse_faults
 from dledger.store.format import read_format
 from dledger.store.log_store import format_folder
 from dledger.store.manifest import Manifest
@@ -34,9 +34,12 @@ from tests.unit.dledger.store.crash_files import CrashFiles
 from tests.unit.dledger.store.store_kit import (
     IDENTITY,
     SEGMENT,
+    Bench,
     Framer,
     append,
+    copied,
     fresh,
+    log_files,
     opened,
     read_all,
     some_entries,
@@ -115,15 +118,53 @@ def test_a_flipped_byte_of_a_base_record_makes_it_unreadable() -> None:
         assert unpack_base(record[:offset] + bytes([record[offset] ^ 1]) + record[offset + 1 :]) is None
 
 
-async def test_4_6_a_trimmed_log_without_its_base_record_is_refused(tmp_path: Path) -> None:
+async def test_4_6_a_trimmed_log_without_its_base_record_lacks_its_beginning(tmp_path: Path) -> None:
+    """Without any evidence of entries, too: only a record says that a trim was lawful."""
     await write_log(tmp_path, ENTRIES)
     store, _ = await opened(test_env(tmp_path), tmp_path)
     await store.trim(2 * SEGMENT)
     await store.close()
     for name in ("base", "base.1"):
         (tmp_path / name).unlink()
-    with pytest.raises(LogDamaged, match="the record of what lay before it is missing"):
-        recover_log(RealFiles(), str(tmp_path), SEGMENT, 0)
+    first = next(entry for entry in ENTRIES if entry.position >= 2 * SEGMENT)
+    for path in (tmp_path / "rows").iterdir():
+        path.write_bytes(b"")
+    (fault,) = recover_log(RealFiles(), str(tmp_path), SEGMENT, 0).faults
+    assert (fault.first_index, fault.last_index, fault.position) == (1, first.index - 1, 0)
+    assert (fault.end, fault.prev_crc, fault.next_crc) == (first.position, 0, first.prev_crc)
+    with pytest.raises(LogDamaged, match=r"no record says that it was trimmed.*restore a backup"):
+        refuse_faults([fault])
+    for path in (tmp_path / "log").iterdir():
+        path.write_bytes(bytes(SEGMENT))
+    (fault,) = recover_log(RealFiles(), str(tmp_path), SEGMENT, 0).faults
+    assert fault.is_open and (fault.first_index, fault.position) == (1, 0), "nor is it an empty log"
+
+
+@pytest.mark.parametrize("lost", [1, 3, 99])
+async def test_4_6_a_log_whose_first_segments_are_lost_with_their_rows_is_repaired_to_the_byte(
+    tmp_path: Path, lost: int
+) -> None:
+    await write_log(tmp_path / "whole", ENTRIES)
+    work = copied(tmp_path / "whole", tmp_path / "work")
+    for sub in ("log", "rows"):
+        for path in sorted((work / sub).iterdir())[:lost]:
+            path.unlink()
+    bench = Bench(work, ENTRIES, ENTRIES[-1].index)
+    store, recovered = await opened(test_env(work), work)
+    assert recovered.faults[0].first_index == 1
+    if lost < 99:
+        with pytest.raises(EntryDamaged):
+            store.config_entries(0)
+    store.abandon()
+    await trio.to_thread.run_sync(bench.heal)
+    if lost < 99:
+        assert log_files(work) == log_files(tmp_path / "whole")
+    store, recovered = await opened(test_env(work), work)
+    assert not recovered.faults and store.last_index == (len(ENTRIES) if lost < 99 else 0)
+    if lost == 99:
+        await append(store, ENTRIES)
+    await store.close()
+    assert read_all((await opened(test_env(work), work))[0]) == ENTRIES
 
 
 # Recovery
