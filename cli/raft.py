@@ -27,6 +27,7 @@ from runtime.real import real_env
 
 if TYPE_CHECKING:
     import quorate
+    from cluster.config import Address, GroupSection
     from cluster.raft_groups import GroupView, NodeView
 
 CAUGHT_UP_LOOK_S = 0.25
@@ -97,6 +98,10 @@ class ReachedCluster:
         group, name = self.split(text)
         node = group.node(name)
         if node is None:
+            best = group.best.said if group.best is not None and group.best.said is not None else {}
+            members = [*best.get("members", ()), *best.get("learners", ())]
+            if members and name not in members:
+                raise Failure(f'no node "{name}" in {group.name}; there are {" ".join(members)}', USAGE)
             there = ", ".join(str(each.node_id) for each in group.answering) or "none"
             raise Failure(f"node {name} of {group.name} does not answer; those that do: {there}", NOBODY_REACHED)
         return group, node
@@ -382,13 +387,16 @@ def add_node(
         address = parse_address(peer)
     except ValueError as error:
         raise Failure(f"--peer: {error}", USAGE) from None
-    host = "127.0.0.1" if address.host == "localhost" else address.host
-    run(_add_node, node, f"{host}:{address.port}", stays_learner, wait_s, (namesrv, data_path, config_path), as_json)
+    run(_add_node, node, _dialled(address), stays_learner, wait_s, (namesrv, data_path, config_path), as_json)
 
 
 async def _add_node(name: str, peer: str, stays_learner: bool, wait_s: float, target: Target, as_json: bool) -> None:
+    from cluster.config import is_node_id
+
     async with reached(target) as cluster:
         group, node = cluster.split(name)
+        if not is_node_id(node):
+            raise Failure(f'"{node}" is not n and a number, such as "n3"', USAGE)
         leader = _leader_of(group)
         assert leader.said is not None
         administration = cluster.client.admin.raft
@@ -400,6 +408,8 @@ async def _add_node(name: str, peer: str, stays_learner: bool, wait_s: float, ta
                 "all hosts and restart the nodes one by one",
                 CLUSTER_ANSWERED_ERROR,
             )
+        if node not in members["voters"]:
+            _check_configured(node, peer, _section(group.name, target))
         if node in members["learners"] and known != peer:
             _say(f"{node} was a learner at {known}: it is removed, to be added at {peer}", as_json)
             members = await administration.remove(leader.address, node)
@@ -416,6 +426,38 @@ async def _add_node(name: str, peer: str, stays_learner: bool, wait_s: float, ta
         click.echo(
             f"{group.name}: voters {' '.join(members['voters'])}, learners {' '.join(members['learners']) or '-'}"
         )
+
+
+def _section(group_name: str, target: Target) -> GroupSection | None:
+    """What is configured about a group, where a configuration is meant: that of the data folder, else the file."""
+    from cluster.config import DEFAULT_NAME
+    from cluster.layout import read_identity
+
+    env = real_env()
+    namesrv, data_path, config_path = target
+    if namesrv is not None:
+        return None
+    identity = read_identity(env.files, layout_of(env.files, data_path, config_path))
+    config = identity.config if identity is not None else load_config(env.files, config_path)
+    if config.source == DEFAULT_NAME:
+        return None
+    return next((group for group in config.groups if group.name == group_name), None)
+
+
+def _check_configured(node: str, peer: str, section: GroupSection | None) -> None:
+    """What goes into the log for good should be meant. Raises Failure."""
+    configured = next((each for each in section.nodes if each.name == node), None) if section is not None else None
+    if configured is not None and _dialled(configured.peer) != peer:
+        raise Failure(
+            f"the configuration has {node} at {configured.peer}, not at {peer}; correct --peer, or `peer` in "
+            "cluster.toml on all hosts",
+            USAGE,
+        )
+
+
+def _dialled(address: Address) -> str:
+    """As the log names it."""
+    return f"{'127.0.0.1' if address.host == 'localhost' else address.host}:{address.port}"
 
 
 async def _look_again(cluster: ReachedCluster, group_name: str) -> GroupView:
@@ -439,7 +481,7 @@ async def _wait_level(cluster: ReachedCluster, group_name: str, node: str, wait_
         if clock.monotonic() > deadline:
             raise Failure(
                 f"{node} has not caught up within {wait_s:g} s (it is {stands}); it stays a learner, and the same "
-                "command goes on",
+                "command goes on; where its --peer is wrong, say it with the right one",
                 GAVE_UP_WAITING,
             )
         if clock.monotonic() >= tell_at:
@@ -507,6 +549,9 @@ def recover(
     With asynchronous flush a node that lost power is "recovering": its vote counts only if all members answer, until
     a leader has confirmed its log. Where members are gone for good, this says what is at risk, and with --accept-loss
     goes on without them. Tell it to as many nodes as make a majority.
+
+    A node whose log is damaged waits for what its peers have of it. With --accept-loss what none of them can supply is
+    given up: the log is cut before it, and the node is recovering then.
     """
     run(_recover, node, is_accepted, (namesrv, data_path, config_path), as_json)
 
@@ -516,6 +561,9 @@ async def _recover(name: str, is_accepted: bool, target: Target, as_json: bool) 
         group, node = cluster.node(name)
         said = node.said
         assert said is not None
+        if said["state"] == "repairing":
+            await _give_up(cluster, group, node, is_accepted, as_json)
+            return
         if not said["recovering"]:
             raise Failure(f"{name} is not recovering: there is nothing to accept", USAGE)
         silent = [other for other in said["members"] if group.node(other) is None]
@@ -540,3 +588,22 @@ async def _recover(name: str, is_accepted: bool, target: Target, as_json: bool) 
         print_json({**risk, "accepted": True})
     else:
         click.echo(f"{text}. Accepted: the node votes again")
+
+
+async def _give_up(cluster: ReachedCluster, group: GroupView, node: NodeView, is_accepted: bool, as_json: bool) -> None:
+    """The log of `node` is damaged, and maybe nobody can supply what it waits for. Raises Failure."""
+    assert node.said is not None
+    name, waits_for = node.said["node_id"], node.said["waits_for"] or "its peers"
+    silent = [other.address for other in group.nodes if other.said is None]
+    risk = {"group": group.name, "node": name, "waits_for": waits_for, "not_answering": silent}
+    text = (
+        f"The log of {group.name}/{name} is damaged, and it waits for {waits_for}. What no node can supply is given "
+        "up: the log is cut before it, and the rest comes from the leader"
+    )
+    if not is_accepted:
+        raise Failure(f"{text}. Keep the other nodes running, or say --accept-loss", USAGE, **risk)
+    await cluster.client.admin.raft.accept_loss(node.address)
+    if as_json:
+        print_json({**risk, "accepted": True})
+    else:
+        click.echo(f"{text}. Accepted")

@@ -225,6 +225,11 @@ class ClusterConfig:
         return tuple(str(namesrv.advertise or namesrv.listen) for namesrv in self.namesrvs)
 
 
+def is_node_id(name: str) -> bool:
+    """Whether a node of a raft group may be called that: n0, n1, ..."""
+    return _NODE_ID.fullmatch(name) is not None
+
+
 def short_name(group_name: str) -> str:
     """'b' for 'broker-b': nodes of the second group are called b-n0."""
     return group_name.removeprefix("broker-") or group_name
@@ -468,7 +473,7 @@ def _group_mistakes(group: GroupSection) -> Iterator[str]:
         yield f"{where}: {len(group.founders)} nodes; a raft group begins with 1, 3 or 5 (later ones say join = true)"
     ids = [node.name for node in group.nodes]
     for node in group.nodes:
-        if not _NODE_ID.fullmatch(node.name):
+        if not is_node_id(node.name):
             yield f'{where}: node name "{node.name}" is not n and a number, such as "n0"'
         if ids.count(node.name) > 1:
             yield f'{where}: two nodes are called "{node.name}"'

@@ -121,9 +121,9 @@ class RaftProcessor:
         conn.flush()
 
     def accept_loss(self, request: Command, conn: Any) -> bytes:
-        """RAFT_ACCEPT_LOSS: a node that recovers from a power loss takes part with what it has."""
+        """RAFT_ACCEPT_LOSS: a node that recovers from a power loss, or repairs its log, goes on with what it has."""
         before = self._group.statistics()
-        if not before.recovering:
+        if not before.recovering and before.state != "repairing":
             return _refuse(request, f"{before.node_id} is not recovering: there is nothing to accept")
         self._group.accept_loss()
         self._broker.log.warning(

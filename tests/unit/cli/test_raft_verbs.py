@@ -17,8 +17,17 @@ from cli import raft
 from cli.backup import _Copy
 from cli.exits import Failure
 from cli.main import cli
+from cluster.config import default_text
 from cluster.raft_groups import GroupView, NodeView
 from runtime.real import real_env
+
+JOINING = """
+[[group.node]]
+name = "n3"
+listen = "127.0.0.1:10941"
+peer = "127.0.0.1:40941"
+join = true
+"""
 
 
 def node(group: str, number: int, *, leads: bool = False, **changes: Any) -> NodeView:
@@ -56,6 +65,10 @@ class Administration:
     async def add_learner(self, address: str, name: str, peer: str) -> Mapping[str, Sequence[str]]:
         self.asked.append(("add_learner", address, name, peer))
         return {"voters": ["n0", "n1", "n2"], "learners": [name]}
+
+    async def accept_loss(self, address: str) -> Mapping[str, Any]:
+        self.asked.append(("accept_loss", address))
+        return {}
 
     async def remove(self, address: str, name: str) -> Mapping[str, Sequence[str]]:
         self.asked.append(("remove", address, name))
@@ -120,6 +133,35 @@ def test_a_learner_is_moved_to_the_address_that_is_asked_for(monkeypatch: pytest
         ("remove", "127.0.0.1:1", "n3"),
         ("add_learner", "127.0.0.1:1", "n3", "127.0.0.1:6"),
     ]
+
+
+def test_what_goes_into_the_log_should_be_meant(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "cluster.toml").write_text(default_text() + JOINING)
+    monkeypatch.chdir(tmp_path)
+    result, administration = invoke(monkeypatch, [group_of("broker-a")], "add-node", "new", "--peer", "127.0.0.1:6")
+    assert (result.exit_code, '"new" is not n and a number' in result.output) == (2, True)
+    result, administration = invoke(monkeypatch, [group_of("broker-a")], "add-node", "n3", "--peer", "127.0.0.1:6")
+    assert (result.exit_code, "has n3 at 127.0.0.1:40941, not at 127.0.0.1:6" in result.output) == (2, True)
+    assert administration.asked == []
+
+
+def test_a_node_that_is_no_member_is_told_from_one_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = group_of("broker-a")
+    result, _ = invoke(monkeypatch, [group], "describe", "n9")
+    assert (result.exit_code, 'no node "n9" in broker-a; there are n0 n1 n2' in result.output) == (2, True)
+    silent = GroupView("broker-a", (*group.nodes[:2], NodeView("127.0.0.1:9", "broker-a", None, "silent")))
+    result, _ = invoke(monkeypatch, [silent], "describe", "n2")
+    assert (result.exit_code, "n2 of broker-a does not answer" in result.output) == (3, True)
+
+
+def test_what_nobody_can_supply_is_given_up_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = group_of("broker-a", state="repairing", waits_for="entry 35 to 48")
+    result, administration = invoke(monkeypatch, [group], "recover", "n0", "--json")
+    assert (result.exit_code, "waits for entry 35 to 48" in result.output) == (2, True)
+    assert administration.asked == []
+    result, administration = invoke(monkeypatch, [group], "recover", "n0", "--accept-loss", "--json")
+    assert administration.asked == [("accept_loss", "127.0.0.1:0")]
+    assert json.loads(result.output)["accepted"] is True
 
 
 def test_a_voter_elsewhere_is_refused_and_a_stranger_is_not_removed(monkeypatch: pytest.MonkeyPatch) -> None:
