@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
-    from chaos.sim.full.run import SeedResult as FullResult
-    from chaos.sim.run import SeedResult
+    from chaos.sim.engine import Engine
+    from chaos.sim.result import SeedResult
     from chaos.sim.scenario import Scenario
     from chaos.sim.shrink import Shrunk
-    from chaos.sim.world import World
 
 EXIT_BROKEN = 1
 EXIT_NO_EVIDENCE = 3
@@ -30,25 +30,6 @@ PROGRESS_SECONDS = 10.0
 SHRUNK_MAX = 3
 """So many of the failing seeds of a run are made small."""
 NARRATIVE_LINES = 12
-TOTALS = (
-    "steps",
-    "delivered",
-    "elections",
-    "entries",
-    "proposals",
-    "acknowledged",
-    "cuts",
-    "crashes",
-    "power_losses",
-    "recovered",
-    "partitions",
-    "transfers",
-    "repairs",
-    "installs",
-    "changes",
-    "reads",
-    "faults",
-)
 
 
 @click.group(
@@ -59,47 +40,40 @@ Examples:
   quorate chaos replay 83 --trace            what happened in one of them
   quorate chaos shrink 83                    the same failure with as few faults as possible
   quorate chaos replay chaos-out/83.toml --trace --until 4.2
+  quorate chaos sim --full --seeds 20        the whole programs instead of the core alone
 """,
 )
 def chaos_group() -> None:
     """Break a cluster on purpose and check that it keeps its promises."""
 
 
-def _play(seed: int) -> SeedResult:
-    from chaos.sim.run import run_seed
+def _engine(name: str) -> Engine:
+    from chaos.sim.engine import engine_named
 
-    return run_seed(seed)
-
-
-def _trace_hash(seed: int) -> str:
-    return _play(seed).trace_hash
+    return engine_named(name)
 
 
-def _play_full(seed: int) -> FullResult:
-    from chaos.sim.full.run import run_seed
-
-    return run_seed(seed)
-
-
-def _full_trace_hash(seed: int) -> str:
-    return _play_full(seed).trace_hash
+def _play_seed(name: str, seed: int) -> SeedResult:
+    """In whatever process: play a seed of the engine called `name`."""
+    engine = _engine(name)
+    return engine.play(engine.draw(seed))
 
 
-Result = TypeVar("Result")
-
-
-def _play_all(play: Callable[[int], Result], seeds: Sequence[int], jobs: int, *, chunk: int = 4) -> Iterator[Result]:
+def _play_all(name: str, seeds: Sequence[int], jobs: int) -> Iterator[SeedResult]:
+    play = partial(_play_seed, name)
     if jobs == 1:
         yield from map(play, seeds)
         return
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        yield from pool.imap(play, seeds, chunksize=chunk)
+        yield from pool.imap(play, seeds, chunksize=1)
 
 
-def _play_again(trace_hash: Callable[[int], str], seeds: Sequence[int]) -> list[str]:
+def _play_again(name: str, seeds: Sequence[int]) -> list[str]:
     """Trace hashes from a fresh process: its hash seed is another one."""
+    if not seeds:
+        return []
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.map(trace_hash, seeds)
+        return [result.trace_hash for result in pool.map(partial(_play_seed, name), seeds)]
 
 
 def _stopwatch() -> Callable[[], float]:
@@ -111,27 +85,90 @@ def _stopwatch() -> Callable[[], float]:
     return lambda: (wall_ms() - begin) / 1000
 
 
-class _Progress:
-    """A line on stderr now and then while a long run goes on."""
+class _Tally:
+    """What the seeds of a run have done together, and a line on stderr now and then while it goes on."""
 
-    def __init__(self, seeds: int) -> None:
+    def __init__(self, engine: Engine, seeds: range) -> None:
+        self._engine = engine
         self._seeds = seeds
         self._elapsed = _stopwatch()
         self._next = PROGRESS_SECONDS
+        self._done = 0
+        self._sim_seconds = 0.0
+        self.totals = dict.fromkeys(engine.totals, 0)
+        self.reached = dict.fromkeys(engine.states, 0)
+        self.broken: list[int] = []
+        self.to_audit: dict[int, str] = {}
+        self.unstable: list[int] = []
 
-    def show(self, done: int, totals: dict[str, int], sim_seconds: float, reached: int) -> None:
-        from chaos.sim.reached import REACHED
+    def add(self, result: SeedResult) -> None:
+        self._done += 1
+        self._sim_seconds += result.at_seconds
+        for name in self.totals:
+            self.totals[name] += result.counts[name]
+        for state, times in result.reached.items():
+            self.reached[state] = self.reached.get(state, 0) + times
+        if not result.ok:
+            self.broken.append(result.seed)
+            click.echo(f"seed {result.seed} at {result.at_seconds} s: {result.violation}", err=True)
+            click.echo(f"  repeat with: {result.reproduction}", err=True)
+        if result.seed % AUDIT_EVERY == 0:
+            self.to_audit[result.seed] = result.trace_hash
+        self._show_progress()
 
+    def _show_progress(self) -> None:
         seconds = self._elapsed()
-        if seconds < self._next or done >= self._seeds:
+        if seconds < self._next or self._done >= len(self._seeds):
             return
         self._next = seconds + PROGRESS_SECONDS
         click.echo(
-            f"{done}/{self._seeds}  {done / seconds:.1f} seeds/s  {sim_seconds / 3600:.1f} sim-h  "
-            f"faults {totals['faults']}  leader changes {totals['elections']}  acked {totals['acknowledged']}  "
-            f"reached {reached}/{len(REACHED)}",
+            f"{self._done}/{len(self._seeds)}  {self._done / seconds:.1f} seeds/s  "
+            f"{self._sim_seconds / 3600:.1f} sim-h  faults {self.totals['faults']}  "
+            f"leader changes {self.totals['elections']}  acked {self.totals['acknowledged']}"
+            f"{self._states('  reached ')}",
             err=True,
         )
+
+    def _states(self, before: str) -> str:
+        met = sum(1 for times in self.reached.values() if times)
+        return f"{before}{met} of {len(self.reached)} states" if self.reached else ""
+
+    def audited(self, again: Sequence[str]) -> None:
+        """The trace hashes of the seeds in `to_audit`, played once more."""
+        pairs = zip(self.to_audit.items(), again, strict=True)
+        self.unstable = [seed for (seed, first), second in pairs if first != second]
+        for seed in self.unstable:
+            click.echo(f"seed {seed} gave two different runs", err=True)
+
+    def report(self, *, as_json: bool) -> None:
+        if as_json:
+            document = {
+                "engine": self._engine.name,
+                "seeds": len(self._seeds),
+                "start": self._seeds.start,
+                "broken": self.broken,
+                "unstable": self.unstable,
+                "audited": len(self.to_audit),
+                "sim_seconds": round(self._sim_seconds, 1),
+            }
+            click.echo(json.dumps({**document, **self.totals, "reached": self.reached}))
+            return
+        click.echo(
+            f"{len(self._seeds)} seeds of engine {self._engine.name}, {len(self.broken)} violations; "
+            f"{self._sim_seconds / 3600:.2f} simulated hours, {self._done / max(self._elapsed(), 0.001):.2f} seeds/s"
+        )
+        click.echo(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in self.totals.items()))
+        click.echo(f"{len(self.to_audit)} seeds audited{self._states('; reached ')}")
+        never = [state for state, times in self.reached.items() if not times]
+        if never:
+            click.echo(f"never met: {', '.join(never)}")
+
+    def exit_code(self) -> int:
+        if self.broken:
+            return EXIT_BROKEN
+        if self.unstable:
+            return EXIT_KIT_FAILED
+        return 0 if self.totals["elections"] and self.totals["acknowledged"] else EXIT_NO_EVIDENCE
 
 
 @chaos_group.command(
@@ -154,151 +191,45 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per seed and one with the totals.")
 @click.option("--full", "is_full", is_flag=True, help="Engine full: the real programs, disks, streams and client.")
 def sim(seeds: int, start: int, jobs: int, is_shrinking: bool, out: str, as_json: bool, is_full: bool) -> None:
-    """Play whole raft groups on virtual time: crashes, power losses, rotten disks, partitions. A seed is a schedule."""
-    if is_full:
-        _sim_full(range(start, start + seeds), jobs, as_json)
-        return
-    from chaos.sim.reached import REACHED
+    """Play whole raft groups on virtual time: crashes, power losses, rotten disks, partitions. A seed is a schedule.
 
-    totals = dict.fromkeys(TOTALS, 0)
-    reached = dict.fromkeys(REACHED, 0)
-    broken: list[int] = []
-    to_audit: dict[int, str] = {}
-    sim_seconds = 0.0
-    progress = _Progress(seeds)
+    Of engine full, half of the seeds are bare raft groups and half whole clusters.
+    """
+    from chaos.sim.engine import NotDeterministic
+
+    engine = _engine("full" if is_full else "core")
+    tally = _Tally(engine, range(start, start + seeds))
     try:
-        for done, result in enumerate(_play_all(_play, range(start, start + seeds), jobs), 1):
-            for name in TOTALS:
-                totals[name] += getattr(result, name)
-            for state, times in result.reached.items():
-                reached[state] = reached.get(state, 0) + times
-            sim_seconds += result.at_seconds
+        engine.check()
+        for result in _play_all(engine.name, range(start, start + seeds), jobs):
             if as_json:
                 click.echo(json.dumps(result.to_json()))
-            if not result.ok:
-                broken.append(result.seed)
-                click.echo(f"seed {result.seed} at {result.at_seconds} s: {result.violation}", err=True)
-                click.echo(f"  repeat with: {result.reproduction}", err=True)
-            if result.seed % AUDIT_EVERY == 0:
-                to_audit[result.seed] = result.trace_hash
-            progress.show(done, totals, sim_seconds, sum(1 for times in reached.values() if times))
-        again = _play_again(_trace_hash, list(to_audit)) if to_audit else []
+            tally.add(result)
+        tally.audited(_play_again(engine.name, list(tally.to_audit)))
         if is_shrinking:
-            for seed in broken[:SHRUNK_MAX]:
-                _report_shrunk(_scenario_of(str(seed)), f"{out}/{seed}.toml")
-    except KeyboardInterrupt:
-        click.echo("interrupted", err=True)
-        raise SystemExit(EXIT_INTERRUPTED) from None
-    unstable = [seed for (seed, first), second in zip(to_audit.items(), again, strict=True) if first != second]
-    for seed in unstable:
-        click.echo(f"seed {seed} gave two different runs", err=True)
-    never = [state for state, times in reached.items() if not times]
-    if as_json:
-        document = {"seeds": seeds, "start": start, "broken": broken, "unstable": unstable, "audited": len(to_audit)}
-        click.echo(json.dumps({**document, "sim_seconds": round(sim_seconds, 1), **totals, "reached": reached}))
-    else:
-        click.echo(
-            f"{seeds} seeds, {len(broken)} violations; {sim_seconds / 3600:.1f} simulated hours, "
-            f"{totals['faults']} faults, {totals['elections']} elections, {totals['entries']} entries committed, "
-            f"{totals['acknowledged']} of {totals['proposals']} proposals acknowledged, {totals['reads']} reads, "
-            f"{totals['cuts']} cuts, {totals['crashes']} crashes, {totals['power_losses']} power losses, "
-            f"{totals['repairs']} repairs, {totals['installs']} installs, {totals['partitions']} partitions, "
-            f"{totals['transfers']} transfers, {totals['changes']} changes of members"
-        )
-        click.echo(f"{len(to_audit)} seeds audited; reached {len(reached) - len(never)} of {len(reached)} states")
-        if never:
-            click.echo(f"never met: {', '.join(never)}")
-    if broken:
-        raise SystemExit(EXIT_BROKEN)
-    if unstable:
-        raise SystemExit(EXIT_KIT_FAILED)
-    if not totals["elections"] or not totals["entries"]:
-        click.echo("nothing was elected or committed: this proves nothing", err=True)
-        raise SystemExit(EXIT_NO_EVIDENCE)
-
-
-def _sim_full(seeds: range, jobs: int, as_json: bool) -> None:
-    """As `sim`, with engine full: half of the seeds are bare raft groups, half whole clusters."""
-    from chaos.sim.full.clock import NotDeterministic, probe_scheduler
-    from chaos.sim.full.run import TOTALS as FULL_TOTALS
-
-    totals = dict.fromkeys(FULL_TOTALS, 0)
-    broken: list[int] = []
-    to_audit: dict[int, str] = {}
-    sim_seconds = 0.0
-    elapsed = _stopwatch()
-    try:
-        probe_scheduler()
-        for result in _play_all(_play_full, seeds, jobs, chunk=1):
-            for name in FULL_TOTALS:
-                totals[name] += getattr(result, name)
-            sim_seconds += result.virtual_seconds
-            if as_json:
-                click.echo(json.dumps(result.to_json()))
-            if not result.ok:
-                broken.append(result.seed)
-                click.echo(f"seed {result.seed} at {result.at_seconds} s: {result.violation}", err=True)
-                click.echo(f"  repeat with: {result.reproduction}", err=True)
-            if result.seed % AUDIT_EVERY == 0:
-                to_audit[result.seed] = result.trace_hash
-        again = _play_again(_full_trace_hash, list(to_audit)) if to_audit else []
+            for seed in tally.broken[:SHRUNK_MAX]:
+                _report_shrunk(engine.draw(seed), f"{out}/{seed}.toml")
     except NotDeterministic as error:
         click.echo(str(error), err=True)
         raise SystemExit(EXIT_KIT_FAILED) from None
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         raise SystemExit(EXIT_INTERRUPTED) from None
-    unstable = [seed for (seed, first), second in zip(to_audit.items(), again, strict=True) if first != second]
-    for seed in unstable:
-        click.echo(f"seed {seed} gave two different runs", err=True)
-    if as_json:
-        document = {"seeds": len(seeds), "start": seeds.start, "broken": broken, "unstable": unstable}
-        click.echo(json.dumps({**document, "sim_seconds": round(sim_seconds, 1), **totals}))
-    else:
-        click.echo(
-            f"{len(seeds)} seeds of whole programs, {len(broken)} violations; {len(seeds) / elapsed():.2f} seeds/s, "
-            f"{sim_seconds / 60:.1f} simulated minutes; "
-            + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in totals.items())
-        )
-    if broken:
-        raise SystemExit(EXIT_BROKEN)
-    if unstable:
-        raise SystemExit(EXIT_KIT_FAILED)
-    if not totals["elections"] or not totals["acknowledged"]:
+    tally.report(as_json=as_json)
+    code = tally.exit_code()
+    if code == EXIT_NO_EVIDENCE:
         click.echo("nothing was elected or acknowledged: this proves nothing", err=True)
-        raise SystemExit(EXIT_NO_EVIDENCE)
+    if code:
+        raise SystemExit(code)
 
 
-def _replay_full(what: str, trace: bool, as_json: bool) -> None:
-    if not (what.isascii() and what.isdigit()):
-        raise click.UsageError(f"{what!r} is not a seed; engine full has no scenario files")
-    from chaos.sim.full.run import run_seed
-
-    result = run_seed(int(what), keep_trace=trace)
-    if as_json:
-        click.echo(json.dumps(result.to_json()))
-    else:
-        for line in result.trace:
-            click.echo(line)
-        click.echo(f"seed {result.seed}: {result.plan}")
-        click.echo(f"{result.elections} elections, {result.acknowledged} acknowledged, trace {result.trace_hash}")
-        click.echo("every promise held" if result.ok else f"BROKEN at {result.at_seconds} s: {result.violation}")
-    if not result.ok:
-        raise SystemExit(EXIT_BROKEN)
-    if not result.acknowledged:
-        raise SystemExit(EXIT_NO_EVIDENCE)
-
-
-def _scenario_of(what: str) -> Scenario:
-    """A seed's plan and faults, or those of a file. Raises UsageError."""
-    from chaos.sim.plan import draw_plan
-    from chaos.sim.scenario import BadScenario, Scenario, read_scenario
-    from chaos.sim.schedule import draw_schedule
+def _scenario_of(what: str, *, is_full: bool) -> Scenario:
+    """A seed's plan and faults, or those of a file, which says itself which engine it is for. Raises UsageError."""
+    from chaos.sim.scenario import BadScenario, read_scenario
     from runtime.real import real_env
 
     if what.isascii() and what.isdigit():
-        plan = draw_plan(int(what))
-        return Scenario(plan, draw_schedule(plan))
+        return _engine("full" if is_full else "core").draw(int(what))
     try:
         return read_scenario(real_env().files.read_bytes(what).decode())
     except OSError as error:
@@ -322,37 +253,30 @@ Examples:
 @click.option("--full", "is_full", is_flag=True, help="The seed is one of engine full.")
 def replay(what: str, trace: bool, until: float | None, as_json: bool, is_full: bool) -> None:
     """Play one seed, or one scenario file, again."""
-    if is_full:
-        _replay_full(what, trace, as_json)
-        return
-    from chaos.sim.run import run_scenario, run_seed
-
-    scenario = _scenario_of(what)
-    stops: list[World] = []
-    if until is not None:
-        result = run_scenario(scenario.plan, scenario.faults, keep_trace=trace, until=until, seen=stops.append)
-    elif what.isdigit():
-        result = run_seed(int(what), keep_trace=trace)
-    else:
-        result = run_scenario(scenario.plan, scenario.faults, keep_trace=trace)
+    scenario = _scenario_of(what, is_full=is_full)
+    result = _engine(scenario.engine).play(scenario, keep_trace=trace, until=until)
     if as_json:
         click.echo(json.dumps(result.to_json()))
     else:
         for line in result.trace:
             click.echo(line)
-        for world in stops:
-            click.echo(f"at {world.now:.4f} s:")
-            for node in world.nodes.values():
-                click.echo(f"  {world.describe(node)}")
+        if result.standing:
+            click.echo(f"at {result.at_seconds:.4f} s:")
+        for line in result.standing:
+            click.echo(f"  {line}")
         verdict = "every promise held" if result.ok else f"BROKEN at {result.at_seconds} s: {result.violation}"
-        if stops and result.ok:
+        if until is not None and result.ok:
             verdict = "nothing broken so far"
         click.echo(f"seed {result.seed}: {result.plan}")
-        click.echo(f"{result.elections} elections, {result.entries} entries, trace {result.trace_hash}")
+        counts = result.counts
+        click.echo(
+            f"{counts['elections']} elections, {counts['entries']} entries, {counts['acknowledged']} acknowledged, "
+            f"trace {result.trace_hash}"
+        )
         click.echo(verdict)
     if not result.ok:
         raise SystemExit(EXIT_BROKEN)
-    if not result.entries and not stops:
+    if not result.counts["acknowledged"] and until is None:
         raise SystemExit(EXIT_NO_EVIDENCE)
 
 
@@ -363,13 +287,15 @@ Examples:
   quorate chaos shrink 83                       writes chaos-out/83.toml
   quorate chaos shrink 83 --out repro.toml
   quorate chaos shrink repro.toml --out smaller.toml
+  quorate chaos shrink 83 --full
 """,
 )
 @click.argument("what", metavar="SEED|FILE")
 @click.option("--out", help="The file to write; chaos-out/SEED.toml when not given.")
-def shrink(what: str, out: str | None) -> None:
+@click.option("--full", "is_full", is_flag=True, help="The seed is one of engine full.")
+def shrink(what: str, out: str | None, is_full: bool) -> None:
     """Make a failing run small: the same broken promise with fewer faults, nodes and clients."""
-    scenario = _scenario_of(what)
+    scenario = _scenario_of(what, is_full=is_full)
     try:
         shrunk = _report_shrunk(scenario, out or f"chaos-out/{scenario.plan.seed}.toml")
     except KeyboardInterrupt:
@@ -382,32 +308,30 @@ def shrink(what: str, out: str | None) -> None:
 
 def _report_shrunk(scenario: Scenario, path: str) -> Shrunk | None:
     """Shrink, write the scenario file, tell the story. None when the run does not fail."""
-    from chaos.sim.run import run_scenario
-    from chaos.sim.scenario import Scenario, write_scenario
+    from chaos.sim.scenario import write_scenario
     from chaos.sim.shrink import Shrinker
     from runtime.real import real_env
 
-    shrunk = Shrinker(scenario.plan, scenario.faults, elapsed=_stopwatch()).shrink()
+    engine = _engine(scenario.engine)
+    shrunk = Shrinker(
+        scenario, engine.play, engine.simpler, seconds_max=engine.shrink_seconds, elapsed=_stopwatch()
+    ).shrink()
     if shrunk is None:
         return None
-    assert shrunk.result.violation is not None
     files = real_env().files
     folder, _, _ = path.rpartition("/")
     if folder:
         files.make_dirs(folder)
-    text = write_scenario(Scenario(shrunk.plan, shrunk.faults, shrunk.result.violation))
-    files.write_atomic(path, text.encode())
-    before = scenario.plan
+    files.write_atomic(path, write_scenario(shrunk.scenario).encode())
+    before, after = scenario.plan, shrunk.scenario.plan
     click.echo(
-        f"seed {before.seed}: {shrunk.faults_before} faults -> {len(shrunk.faults)}, {before.fault_seconds:g} s -> "
-        f"{shrunk.plan.fault_seconds:g} s, {before.clients} clients -> {shrunk.plan.clients}, {before.nodes} nodes -> "
-        f"{shrunk.plan.nodes} ({shrunk.runs} runs)"
+        f"seed {before.seed}: {len(scenario.faults)} faults -> {len(shrunk.scenario.faults)}, "
+        f"{before.fault_seconds:g} s -> {after.fault_seconds:g} s ({shrunk.runs} runs)"
     )
-    for fault in shrunk.faults:
+    click.echo(f"  {after.describe()}")
+    for fault in shrunk.scenario.faults:
         click.echo(f"  {fault}")
-    for line in run_scenario(shrunk.plan, shrunk.faults, keep_trace=True).trace[-NARRATIVE_LINES:]:
+    for line in engine.play(shrunk.scenario, keep_trace=True).trace[-NARRATIVE_LINES:]:
         click.echo(f"  | {line}")
-    click.echo(
-        f"  repeat: quorate chaos replay {before.seed} --trace      minimal: quorate chaos replay {path} --trace"
-    )
+    click.echo(f"  repeat: {shrunk.result.reproduction}      minimal: quorate chaos replay {path} --trace")
     return shrunk

@@ -13,9 +13,11 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from chaos.sim.chance import stream
+from chaos.sim.changes import possible_changes
+from chaos.sim.reached import REACHED
 from chaos.sim.schedule import LEADER, Fault
 from dledger.core.events import Transfer
-from dledger.core.membership import AddLearner, Change, Promote, Remove
+from dledger.core.membership import AddLearner, Change, Members, Promote, Remove, apply_change
 from dledger.core.quorum import majority
 from dledger.core.types import Entry
 
@@ -23,8 +25,12 @@ if TYPE_CHECKING:
     from chaos.sim.node import SimNode
     from chaos.sim.world import World
 
-VOTERS_MIN = 3
-"""An operator does not shrink a group below this: one more fault would stop it."""
+
+EFFECTS = tuple(state.removeprefix("dies-before-") for state in REACHED if state.startswith("dies-before-"))
+NEWEST = 12
+"""Entries that a turned bit hits more often than others: their log may still change around them."""
+HASTY = 0.25
+"""How often an operator does not wait for one change of members to end before the next."""
 
 
 class Nemesis:
@@ -71,6 +77,8 @@ class Nemesis:
         node = world.leader() if fault.target == LEADER else world.nodes.get(fault.target)
         if node is None:
             node = world.nodes[world.names[fault.number % len(world.names)]]
+        if not node.incarnation and fault.target != LEADER:
+            return  # a spare that nobody has asked for yet
         rng = stream(world.plan.seed, f"fault/{fault.number}")
         if self._kinds[fault.kind](fault, node, rng):
             world.note(node.name, f"fault {fault.number}: {fault.kind} for {fault.seconds} s")
@@ -93,7 +101,7 @@ class Nemesis:
         return self._world.plan.sync or self._may_impair(node)
 
     def _may_damage(self, node: SimNode, indexes: Iterable[int], *, will_be_down: bool = False) -> bool:
-        """Whether every one of these entries stays intact on a majority without this copy."""
+        """Whether every one of these entries stays intact on a majority without this copy, or can never be missed."""
         world = self._world
         if not self._may_impair(node):
             return False
@@ -103,6 +111,9 @@ class Nemesis:
         for index in indexes:
             crc = node.log.head_crc_at(index)
             assert crc is not None
+            committed = world.properties.committed.get(index)
+            if committed is not None and committed[1] != crc:
+                continue  # of a branch that lost: its place is taken by what is committed
             copies = sum(1 for disk in others if disk.holds(index, crc, durable=durable))
             # What nobody else has heard of, and nobody will hear of from a node that is down, is in no quorum.
             is_private = will_be_down and not copies and index > world.properties.committed_index
@@ -134,10 +145,13 @@ class Nemesis:
             node.start()
 
     def _crash_at_effect(self, fault: Fault, node: SimNode, rng: Random) -> bool:
-        """Die between two effects of a turn."""
+        """Die between two effects of a turn: before one of the next, or before the next of a kind, however rare."""
         if node.raft is None:
             return False
-        node.fuse = rng.randint(1, 12)
+        if rng.random() < 0.5:
+            node.fuse = rng.randint(1, 12)
+        else:
+            node.fuse_before = rng.choice(EFFECTS)
         node.fuse_burns_power = rng.random() < 0.5
         node.fuse_seconds = fault.seconds
         return True
@@ -201,7 +215,7 @@ class Nemesis:
         held = node.disk.synced_range
         if not held:
             return False
-        first = rng.choice(held)
+        first = rng.choice(held[-NEWEST:] if rng.random() < 0.3 else held)
         indexes = list(range(first, min(first + rng.choice((1, 1, 3)), held.stop)))
         return self._damage(node, indexes)
 
@@ -361,26 +375,35 @@ class Nemesis:
         leader = world.leader()
         if leader is None or leader.raft is None:
             return False
-        members = leader.raft.members
-        if leader.raft.configs.index != world.properties.config_index:
+        is_hasty = rng.random() < HASTY
+        if leader.raft.configs.index != world.properties.config_index and not is_hasty:
             return False  # one at a time, and only from what is committed
-        voters, learners = members.voters, members.learners
-        changes: list[Change] = [Promote(name) for name in learners for _ in range(3)]
-        if len(members.all) < world.plan.nodes + world.plan.spares:
-            outside = [name for name in world.names if name not in members]
-            changes += [AddLearner(name, (name, 1)) for name in outside for _ in range(2)]
-        if len(voters) > VOTERS_MIN:
-            changes += [Remove(name) for name in voters]
-        changes += [Remove(name) for name in learners]
+        members = leader.raft.members
+        changes: list[Change] = []
+        for _ in range(2 if is_hasty else 1):
+            change = self._draw_change(members, rng)
+            if change is not None:
+                changes.append(change)
+                members = apply_change(members, change)
+        for change in changes:
+            if isinstance(change, AddLearner):
+                self._prepare(world.nodes[change.node], rng)
+        leader.want_changes(changes)
+        return bool(changes)
+
+    def _draw_change(self, members: Members, rng: Random) -> Change | None:
+        world = self._world
+        # Who is a member by the last committed list keeps its log, whatever a leader of the moment believes.
+        outside = {
+            name: (name, 1) for name in world.names if name not in members and name not in world.properties.members
+        }
+        changes = possible_changes(members, outside)
         if not changes:
-            return False
+            return None
         change = rng.choice(changes)
-        if isinstance(change, Promote | Remove) and not self._may_change(change, voters):
-            return False
-        if isinstance(change, AddLearner):
-            self._prepare(world.nodes[change.node], rng)
-        leader.want_change(change)
-        return True
+        if isinstance(change, Promote | Remove) and not self._may_change(change, members.voters):
+            return None
+        return change
 
     def _may_change(self, change: Change, voters: tuple[str, ...]) -> bool:
         """An operator looks at the group first: with a member damaged or lost, none of the sound ones is removed."""

@@ -8,6 +8,7 @@ there when a read or the scrub meets damage. A node far behind asks for whole se
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from chaos.sim.chance import stream
@@ -90,6 +91,8 @@ class SimNode:
         self.late_until = 0.0
         self.fuse = 0
         """Effects left until the process dies; 0 = none armed."""
+        self.fuse_before = ""
+        """The kind of effect before which the process, or one that follows it, dies; empty = none."""
         self.fuse_burns_power = False
         self.fuse_seconds = 1.0
         self._clients: deque[int] = deque()
@@ -97,7 +100,7 @@ class SimNode:
         self._reads: dict[int, int] = {}
         """By token: what had been acknowledged when the read was asked."""
         self._reads_asked: list[int] = []
-        self._change: Change | None = None
+        self._changes: Sequence[Change] = ()
         self._trim_to = 0
         self._is_fetching = False
         self._needed_until = 0
@@ -160,7 +163,7 @@ class SimNode:
         self.fuse = 0
         self._waiting = {}
         self._reads = {}
-        self._change = None
+        self._changes = ()
         self._trim_to = 0
         self._is_fetching = False
         self._members_index = self.raft.configs.index
@@ -422,8 +425,8 @@ class SimNode:
             self._reads_asked.append(token)
             self._want_turn()
 
-    def want_change(self, change: Change) -> None:
-        self._change = change
+    def want_changes(self, changes: Sequence[Change]) -> None:
+        self._changes = changes
         self._want_turn()
 
     def want_trim(self, position: int) -> None:
@@ -490,7 +493,7 @@ class SimNode:
                 asked, self._reads_asked = self._reads_asked, []
                 for token in asked:
                     self._step(ReadIndex(now, token))
-            if self._change is not None or self._trim_to:
+            if self._changes or self._trim_to:
                 self._propose_orders(now)
             if raft.deadline <= now:
                 self._step(Tick(now))
@@ -517,6 +520,8 @@ class SimNode:
                 self.fuse -= 1
                 if not self.fuse:
                     self._burn(effect)
+            if self.fuse_before and self.fuse_before == type(effect).__name__:
+                self._burn(effect)
             self._perform(effect, event.now, follow_ups)
         for follow_up in follow_ups:
             self._step(follow_up)
@@ -524,6 +529,7 @@ class SimNode:
     def _burn(self, effect: fx.Effect) -> None:
         """Die before this effect, or within it."""
         world = self._world
+        self.fuse_before = ""
         if (state := f"dies-before-{type(effect).__name__}") in REACHED:
             world.reached(state)
         if isinstance(effect, fx.Cut):
@@ -678,18 +684,20 @@ class SimNode:
         """What an operator, or retention, wants logged."""
         raft = self.raft
         assert raft is not None
-        change, self._change = self._change, None
+        changes, self._changes = self._changes, ()
         trim_to, self._trim_to = self._trim_to, 0
         if not raft.accepts_proposals or not raft.noop_index:
             return
         if trim_to:
             body = trim_to.to_bytes(8, "little") + b"\0"
             self._step(Propose(now, (self._frame(EntryType.TRIM, 1, body, self._tail()),)))
-        if change is not None and raft.is_leader:
+        for change in changes:
+            if not raft.is_leader:
+                return
             try:
                 members: Members = apply_change(raft.members, change)
             except LocalError:
-                return
+                continue
             self._step(Propose(now, (self._frame(EntryType.CONFIG, 1, encode_members(members), self._tail()),)))
 
     def _apply(self, index: int) -> None:

@@ -6,6 +6,9 @@ written to a scenario file and played without the seed's draw.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
 from attrs import frozen
 
 from chaos.sim.chance import stream
@@ -42,11 +45,62 @@ KINDS: dict[str, int] = {
 """Every kind of fault, with its weight in a schedule."""
 
 
+ANY_LENGTH = (0.1, 1.0, 3.0, 6.0)
+LENGTHS: dict[str, tuple[float, ...]] = {
+    "crash": (0.1, 0.3, 3.0),
+    "crash-at-effect": (0.1, 0.3, 3.0),
+    "crash-all": (0.1, 0.3, 3.0),
+    "power-loss": (0.1, 0.3, 3.0, 8.0),
+    "power-loss-all": (0.1, 3.0),
+    "wipe": (0.3, 2.0),
+    "pause": (0.05, 0.7, 1.5, 4.0),
+    "late-ticks": (2.0, 6.0),
+    "clock-rate": (5.0, 15.0),
+    "stall": (0.1, 1.0, 4.0),
+    "disk-full": (0.5, 3.0, 8.0),
+    "flap": (3.0, 6.0),
+}
+"""How long a fault lasts, about; the kinds not named draw from ANY_LENGTH."""
+
+
 @frozen(kw_only=True)
-class Plan:
-    """Times in seconds, probabilities per message."""
+class RunPlan(ABC):
+    """What the plans of both engines share: all that drawing faults, replaying and shrinking know of one."""
 
     seed: int
+    fault_interval: float
+    fault_seconds: float
+    """When the faults end."""
+    kinds: tuple[str, ...]
+    """The kinds of fault that this seed may draw (chaos.md 5.5: a random subset each)."""
+
+    @property
+    @abstractmethod
+    def targets(self) -> tuple[str, ...]:
+        """What a fault may be aimed at, besides the leader."""
+
+    @property
+    @abstractmethod
+    def weights(self) -> Mapping[str, int]:
+        """Every kind of fault, with its weight in a schedule."""
+
+    @abstractmethod
+    def lengths(self, kind: str) -> tuple[float, ...]:
+        """How many seconds a fault of this kind lasts, about."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The plan in one line."""
+
+    @abstractmethod
+    def problem(self) -> str | None:
+        """Why this cannot be played, for a plan that somebody has written by hand."""
+
+
+@frozen(kw_only=True)
+class Plan(RunPlan):
+    """Times in seconds, probabilities per message."""
+
     nodes: int
     """Voters of the bootstrap list."""
     spares: int
@@ -70,10 +124,6 @@ class Plan:
     use_commit_hint: bool
     """Whether a restarted node starts from the commit index found in its frames, or from 0."""
     drift: float
-    fault_interval: float
-    fault_seconds: float
-    kinds: tuple[str, ...]
-    """The kinds of fault that this seed may draw (chaos.md 5.5: a random subset each)."""
     heal_core: bool
     """At the end only a random majority is made well; the others may stay as they are for ever (chaos.md 5.5)."""
     clients: int
@@ -88,6 +138,22 @@ class Plan:
     preferred: str
     """The node with the higher priority; empty for none."""
     preferred_after: float
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return tuple(f"n{number}" for number in range(self.nodes + self.spares))
+
+    @property
+    def weights(self) -> Mapping[str, int]:
+        return KINDS
+
+    def lengths(self, kind: str) -> tuple[float, ...]:
+        return LENGTHS.get(kind, ANY_LENGTH)
+
+    def problem(self) -> str | None:
+        if 1 <= self.nodes <= 9 and 0 <= self.spares <= 9 and self.clients >= 1 and self.segment_bytes >= 4096:
+            return None
+        return "1 to 9 nodes, 0 to 9 spares, at least one client, segments of at least 4096 bytes"
 
     def describe(self) -> str:
         network = f"drop {self.drop:.1%}, duplicate {self.duplicate:.1%}, late {self.late:.1%}"

@@ -1,74 +1,63 @@
-"""Run seeds: `run_seed(seed)` plays one, `run_scenario` a plan with a list of faults, and says what happened."""
+"""Engine core: `run_seed(seed)` plays one seed, `run_scenario` a plan with a list of faults, and says what happened."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
-from attrs import asdict, field, frozen
-
+from chaos.sim.engine import Engine
 from chaos.sim.plan import Plan, draw_plan
+from chaos.sim.reached import REACHED
+from chaos.sim.result import SeedResult
+from chaos.sim.scenario import Scenario
 from chaos.sim.schedule import Fault, draw_schedule
 from chaos.sim.world import Build, MakeRaft, World
 from dledger.core.errors import CoreError
 from dledger.core.raft import Raft
 
-
-@frozen(kw_only=True)
-class SeedResult:
-    """What one seed did. `violation` is None when every promise held."""
-
-    seed: int
-    violation: str | None
-    at_seconds: float
-    plan: str
-    trace_hash: str
-    steps: int
-    delivered: int
-    elections: int
-    entries: int
-    proposals: int
-    acknowledged: int
-    cuts: int
-    crashes: int
-    power_losses: int
-    recovered: int
-    partitions: int
-    transfers: int
-    repairs: int
-    installs: int
-    changes: int
-    reads: int
-    faults: int
-    reached: Mapping[str, int] = field(factory=dict)
-    faults_by_kind: Mapping[str, int] = field(factory=dict)
-    trace: tuple[str, ...] = ()
-
-    @property
-    def ok(self) -> bool:
-        return self.violation is None
-
-    @property
-    def violation_class(self) -> str:
-        """Which promise is broken, without the circumstances: what shrinking has to keep."""
-        return "" if self.violation is None else violation_class(self.violation)
-
-    @property
-    def reproduction(self) -> str:
-        """The command that plays this seed again."""
-        return f"quorate chaos replay {self.seed} --trace"
-
-    def to_json(self) -> dict[str, object]:
-        fields: dict[str, object] = asdict(self)
-        if not self.trace:
-            del fields["trace"]
-        return {"ok": self.ok, **fields}
-
-
-def violation_class(violation: str) -> str:
-    """The words up to the second colon, numbers and node names taken out."""
-    head = ":".join(violation.split(":")[:2])
-    return re.sub(r"\bn?\d+\b", "#", head)
+TOTALS = (
+    "steps",
+    "delivered",
+    "elections",
+    "entries",
+    "proposals",
+    "acknowledged",
+    "cuts",
+    "crashes",
+    "power_losses",
+    "recovered",
+    "partitions",
+    "transfers",
+    "repairs",
+    "installs",
+    "changes",
+    "reads",
+    "faults",
+)
+SIMPLER: tuple[dict[str, Any], ...] = (
+    {"clients": 1},
+    {"burst_max": 1},
+    {"reads_per_second": 0.0},
+    {"spares": 0},
+    {"heal_core": False},
+    {"preferred": ""},
+    {"late": 0.0},
+    {"duplicate": 0.0},
+    {"drop": 0.0},
+    {"drift": 0.0},
+    {"bytes_per_second": 0.0},
+    {"threaded_writes": False},
+    {"tcp": True},
+    {"use_commit_hint": False},
+    {"segments_behind_bytes": 1 << 28},
+    {"segment_bytes": 1 << 20},
+    {"body_bytes_max": 64},
+    {"proposals_per_second": 3.0},
+    {"nodes": 3},
+    {"latency": 0.0005},
+    {"sync_latency": 0.001},
+)
+"""Shapes, one at a time, from what disturbs most to what matters least."""
 
 
 def run_seed(
@@ -87,9 +76,8 @@ def run_scenario(
     *,
     keep_trace: bool = False,
     until: float | None = None,
-    seen: Callable[[World], None] | None = None,
 ) -> SeedResult:
-    """Play a plan with these faults to its end, or until a virtual second, where `seen` may look at the world."""
+    """Play a plan with these faults to its end, or until a virtual second."""
     world = World(plan, faults, build, keep_trace=keep_trace)
     violation = None
     try:
@@ -97,33 +85,47 @@ def run_scenario(
     except (AssertionError, CoreError) as error:
         violation = f"{type(error).__name__}: {error}"
         world.note("all", violation)
-    if seen is not None:
-        seen(world)
-    counts = world.counts
+    counts = {
+        **world.counts,
+        "steps": world.steps,
+        "delivered": world.network.delivered,
+        "entries": world.properties.committed_index,
+        "proposals": world.clients.sent,
+        "acknowledged": len(world.clients.acknowledged),
+        "faults": sum(world.faults_applied.values()),
+    }
     return SeedResult(
+        engine="core",
         seed=plan.seed,
         violation=violation,
         at_seconds=round(world.now, 4),
         plan=plan.describe(),
         trace_hash=world.trace_hash,
-        steps=world.steps,
-        delivered=world.network.delivered,
-        elections=counts["elections"],
-        entries=world.properties.committed_index,
-        proposals=world.clients.sent,
-        acknowledged=len(world.clients.acknowledged),
-        cuts=counts["cuts"],
-        crashes=counts["crashes"],
-        power_losses=counts["power_losses"],
-        recovered=counts["recovered"],
-        partitions=counts["partitions"],
-        transfers=counts["transfers"],
-        repairs=counts["repairs"],
-        installs=counts["installs"],
-        changes=counts["changes"],
-        reads=counts["reads"],
-        faults=sum(world.faults_applied.values()),
+        counts={name: counts[name] for name in TOTALS},
         reached=world.states_reached,
         faults_by_kind=world.faults_applied,
         trace=tuple(world.trace or ()),
+        standing=() if until is None else tuple(world.describe(node) for node in world.nodes.values()),
     )
+
+
+def _draw(seed: int) -> Scenario:
+    plan = draw_plan(seed)
+    return Scenario(plan, draw_schedule(plan))
+
+
+def _play(scenario: Scenario, *, keep_trace: bool = False, until: float | None = None) -> SeedResult:
+    assert isinstance(scenario.plan, Plan)
+    return run_scenario(scenario.plan, scenario.faults, keep_trace=keep_trace, until=until)
+
+
+CORE = Engine(
+    name="core",
+    draw=_draw,
+    play=_play,
+    totals=TOTALS,
+    states=REACHED,
+    simpler=SIMPLER,
+    shrink_seconds=60.0,
+    check=lambda: None,
+)

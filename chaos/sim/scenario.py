@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import tomllib
 import types
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from attrs import asdict, frozen
+from attrs import asdict, fields, frozen
 
-from chaos.sim.plan import KINDS, Plan
+from chaos.sim.full.plan import FullPlan
+from chaos.sim.plan import Plan, RunPlan
 from chaos.sim.schedule import Fault
 
 T = TypeVar("T")
+PLANS: dict[str, type[RunPlan]] = {"core": Plan, "full": FullPlan}
+"""By engine."""
 
 
 class BadScenario(ValueError):
@@ -26,9 +29,14 @@ class BadScenario(ValueError):
 class Scenario:
     """A plan and its faults; `breaks` is the violation that the file was written for, empty when none."""
 
-    plan: Plan
+    plan: RunPlan
     faults: tuple[Fault, ...]
     breaks: str = ""
+
+    @property
+    def engine(self) -> str:
+        """Which engine it is for."""
+        return next(name for name, kind in PLANS.items() if type(self.plan) is kind)
 
 
 def _text(value: object) -> str:
@@ -44,7 +52,7 @@ def _text(value: object) -> str:
 
 def write_scenario(scenario: Scenario) -> str:
     """The text of a scenario file."""
-    lines = ["# Play it with: quorate chaos replay FILE --trace"]
+    lines = ["# Play it with: quorate chaos replay FILE --trace", f"engine = {_text(scenario.engine)}"]
     if scenario.breaks:
         lines.append(f"breaks = {_text(scenario.breaks)}")
     lines += ["", "[plan]"]
@@ -61,24 +69,29 @@ def read_scenario(text: str) -> Scenario:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise BadScenario(f"not TOML: {error}") from error
-    plan = _build(Plan, document.get("plan"), "[plan]")
+    engine = document.get("engine", "core")
+    if engine not in PLANS:
+        raise BadScenario(f"unknown engine {engine!r}; known are {', '.join(PLANS)}")
+    plan = _build(PLANS[engine], document.get("plan"), "[plan]")
     faults = document.get("fault", [])
     if not isinstance(faults, list):
         raise BadScenario("[[fault]] must be a list of tables")
     built = tuple(_build(Fault, fault, f"fault {number}") for number, fault in enumerate(faults))
     for fault in built:
-        if fault.kind not in KINDS:
-            raise BadScenario(f"unknown kind of fault {fault.kind!r}; known are {', '.join(KINDS)}")
+        if fault.kind not in plan.weights:
+            raise BadScenario(f"unknown kind of fault {fault.kind!r}; known are {', '.join(plan.weights)}")
     breaks = document.get("breaks", "")
     if not isinstance(breaks, str):
         raise BadScenario("breaks must be a text")
-    if not 1 <= plan.nodes <= 9 or not 0 <= plan.spares <= 9 or plan.clients < 1 or plan.segment_bytes < 4096:
-        raise BadScenario("1 to 9 nodes, 0 to 9 spares, at least one client, segments of at least 4096 bytes")
+    problem = plan.problem()
+    if problem is not None:
+        raise BadScenario(problem)
     return Scenario(plan, built, breaks)
 
 
 def _build(kind: type[T], table: object, where: str) -> T:
-    hints = get_type_hints(kind)
+    types_of = get_type_hints(kind)
+    hints = {attribute.name: types_of[attribute.name] for attribute in fields(kind)}  # type: ignore[arg-type]
     if not isinstance(table, dict):
         raise BadScenario(f"{where} is missing")
     if table.keys() != hints.keys():
@@ -92,6 +105,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list):
             raise BadScenario(f"{where} must be a list")
         return tuple(_value(get_args(hint)[0], one, where) for one in value)
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise BadScenario(f"{where} must be one of {', '.join(get_args(hint))}")
+        return value
     assert not isinstance(hint, types.UnionType)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

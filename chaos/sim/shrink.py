@@ -10,49 +10,21 @@ from typing import Any
 
 from attrs import evolve, frozen
 
-from chaos.sim.plan import Plan
-from chaos.sim.run import SeedResult, run_scenario
+from chaos.sim.plan import RunPlan
+from chaos.sim.result import SeedResult
+from chaos.sim.scenario import Scenario
 from chaos.sim.schedule import Fault
-from chaos.sim.world import Build
 
 RUNS_MAX = 200
-SECONDS_MAX = 60.0
-
-SIMPLER: tuple[dict[str, Any], ...] = (
-    {"clients": 1},
-    {"burst_max": 1},
-    {"reads_per_second": 0.0},
-    {"spares": 0},
-    {"heal_core": False},
-    {"preferred": ""},
-    {"late": 0.0},
-    {"duplicate": 0.0},
-    {"drop": 0.0},
-    {"drift": 0.0},
-    {"bytes_per_second": 0.0},
-    {"threaded_writes": False},
-    {"tcp": True},
-    {"use_commit_hint": False},
-    {"segments_behind_bytes": 1 << 28},
-    {"segment_bytes": 1 << 20},
-    {"body_bytes_max": 64},
-    {"proposals_per_second": 3.0},
-    {"nodes": 3},
-    {"latency": 0.0005},
-    {"sync_latency": 0.001},
-)
-"""Shapes, one at a time, from what disturbs most to what matters least."""
 
 
 @frozen
 class Shrunk:
     """The smallest run found that breaks the same promise."""
 
-    plan: Plan
-    faults: tuple[Fault, ...]
+    scenario: Scenario
     result: SeedResult
     runs: int
-    faults_before: int
 
 
 class _Budget(Exception):
@@ -64,17 +36,19 @@ class Shrinker:
 
     def __init__(
         self,
-        plan: Plan,
-        faults: Sequence[Fault],
-        build: Build | None = None,
+        scenario: Scenario,
+        play: Callable[[Scenario], SeedResult],
+        simpler: Sequence[dict[str, Any]],
         *,
+        seconds_max: float,
         elapsed: Callable[[], float] = lambda: 0.0,
         runs_max: int = RUNS_MAX,
-        seconds_max: float = SECONDS_MAX,
     ) -> None:
-        self._plan = plan
-        self._faults = tuple(faults)
-        self._build = build
+        """`simpler`: changes of the plan to try, one at a time."""
+        self._plan = scenario.plan
+        self._faults = scenario.faults
+        self._play = play
+        self._simpler = simpler
         self._elapsed = elapsed
         self._runs_max = runs_max
         self._seconds_max = seconds_max
@@ -83,8 +57,7 @@ class Shrinker:
 
     def shrink(self) -> Shrunk | None:
         """None when the run does not fail."""
-        before = len(self._faults)
-        self._best = run_scenario(self._plan, self._faults, self._build)
+        self._best = self._play(Scenario(self._plan, self._faults))
         self._runs = 1
         if self._best.ok:
             return None
@@ -98,14 +71,14 @@ class Shrinker:
             self._round_times(wanted)
         except _Budget:
             pass
-        return Shrunk(self._plan, self._faults, self._best, self._runs, before)
+        return Shrunk(Scenario(self._plan, self._faults, self._best.violation or ""), self._best, self._runs)
 
-    def _fails(self, plan: Plan, faults: Sequence[Fault], wanted: str) -> bool:
+    def _fails(self, plan: RunPlan, faults: Sequence[Fault], wanted: str) -> bool:
         """Whether this smaller run breaks the same promise; then it is the new smallest."""
         if self._runs >= self._runs_max or self._elapsed() >= self._seconds_max:
             raise _Budget
         self._runs += 1
-        result = run_scenario(plan, faults, self._build)
+        result = self._play(Scenario(plan, tuple(faults)))
         if result.violation_class != wanted:
             return False
         self._plan, self._faults, self._best = plan, tuple(faults), result
@@ -140,7 +113,7 @@ class Shrinker:
                 parts = min(parts * 2, len(faults))
 
     def _simplify(self, wanted: str) -> None:
-        for change in SIMPLER:
+        for change in self._simpler:
             plan = evolve(self._plan, **change)
             if plan != self._plan:
                 self._fails(plan, self._faults, wanted)

@@ -345,6 +345,7 @@ class World:
         self.network.heal_all(well)
         for node in self.nodes.values():
             node.fuse = 0
+            node.fuse_before = ""
             node.late_until = 0.0
             if node.name in self.left_down:
                 if rng.random() < 0.5:

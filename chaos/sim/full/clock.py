@@ -18,15 +18,13 @@ from typing import Final
 import trio
 from trio._core import _run as trio_run
 
+from chaos.sim.engine import NotDeterministic
+
 EPOCH_MS: Final = 1_767_225_600_000
 """2026-01-01: where the wall time of every simulation begins."""
 SPIN_LOOKS_MAX: Final = 2_000_000
 """Looks at the clock while it stands: beyond, some loop waits for a condition without waiting for time."""
 PROBE_TASKS: Final = 50
-
-
-class NotDeterministic(Exception):
-    """trio's scheduler cannot be made to repeat itself: the kit is of no use with this version."""
 
 
 class VirtualTime(trio.abc.Clock):

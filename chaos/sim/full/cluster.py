@@ -7,7 +7,7 @@ brokers as those are from each other, but never killed: what they were told is t
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from random import Random
 from typing import Any, Final
@@ -20,10 +20,10 @@ import quorate
 from broker.config import BrokerConfig
 from broker.node import BrokerNode
 from broker.records import UNIT, decode_record
-from chaos.sim.full.groups import check_logs_equal, holds_everything, not_level
 from chaos.sim.full.machine import Process
+from chaos.sim.full.plan import NAME_SERVER
+from chaos.sim.full.subject import RaftSubject, excuses
 from chaos.sim.full.world import Broken, World
-from dledger.config import GroupConfig
 from dledger.core.types import Role
 from dledger.group import RaftGroup
 from namesrv.config import NamesrvConfig
@@ -75,6 +75,11 @@ class Book:
         self.read: dict[tuple[int, int], int] = {}
         """(queue, offset) of the topic -> operation."""
         self.leaders: dict[int, str] = {}
+        self.stored: dict[int, tuple[int, int]] = {}
+        """operation -> (queue, offset) of the topic, as read from a broker's log soon after it was dispatched."""
+        self.to_read: list[tuple[int, int, int, int]] = []
+        """(queue, offset, position, size) of what is to be read for that."""
+        self.retried: set[int] = set()
 
     def leads(self, node: str, role: Role, term: int) -> None:
         if role is Role.LEADER:
@@ -87,9 +92,20 @@ class Book:
         first = max_offset - len(units) // UNIT.size
         for number in range(len(units) // UNIT.size):
             unit = units[number * UNIT.size : (number + 1) * UNIT.size]
+            is_new = (topic, queue_id, first + number) not in self.units
             known = self.units.setdefault((topic, queue_id, first + number), unit)
+            if is_new and topic == TOPIC:
+                position, size, _ = UNIT.unpack(unit)
+                self.to_read.append((queue_id, first + number, position, size))
             if known != unit:
                 self._world.broke(f"{node} has another message at {topic}/{queue_id}/{first + number} than was there")
+
+    def found(self, queue_id: int, offset: int, body: bytes) -> None:
+        """This is what the log holds for a unit of the topic. It outlives the log, which retention shortens."""
+        number = number_in(body)
+        known = self.stored.setdefault(number, (queue_id, offset))
+        if known != (queue_id, offset):
+            self._world.broke(f"message {number} is stored at {known} and at {(queue_id, offset)}")
 
     def got(self, queue_id: int, offset: int, body: bytes) -> None:
         """A consumer has read this from a queue of the topic."""
@@ -110,29 +126,28 @@ def number_in(body: bytes) -> int:
     return int(bytes(body[:12]))
 
 
-class ClusterSubject:
+class ClusterSubject(RaftSubject):
     """`world.Subject`: name server, brokers, programs."""
 
+    port = PEER_PORT
+    stops_removed = True  # a broker that nobody tells anything any more would go on answering pulls
+
     def __init__(self, world: World) -> None:
-        self._world = world
-        self._plan = world.plan
-        self._brokers: Sequence[str] = ("n0", "n1", "n2")
-        self.members: Sequence[str] = (*self._brokers, *self._brokers, "ns0")
-        """Brokers twice: they are the more interesting ones."""
-        for name in ("ns0", *self._brokers, "p0", "c0"):
+        super().__init__(world)
+        for name in (NAME_SERVER, "p0", "c0"):
             world.add_machine(name)
-        self.victim = self._brokers[world.plan.seed % 3]
         self.book = Book(world)
         self.nodes: dict[str, BrokerNode] = {}
-        self._formatted: dict[str, None] = {}
-        self._peers = {name: (self._host(name), PEER_PORT) for name in self._brokers}
-        self._is_busy = False
         self._open_sends = 0
         self._is_final = False
         self._marks: dict[quorate.MessageQueue, int] = {}
 
     def _host(self, name: str) -> str:
         return self._world.machines[name].host
+
+    @property
+    def groups(self) -> Mapping[str, RaftGroup]:
+        return {name: node.group for name, node in self.nodes.items()}
 
     @property
     def entries(self) -> int:
@@ -146,19 +161,15 @@ class ClusterSubject:
     def operations(self) -> list[Sent]:
         return self.book.sent
 
-    @property
-    def _groups(self) -> dict[str, RaftGroup]:
-        return {name: node.group for name, node in self.nodes.items()}
-
-    def log_folder(self, name: str) -> str:
-        return f"/{name}/data/raft/log/"
+    def folder(self, name: str) -> str:
+        return f"/{name}/data/raft"
 
     # Lives
 
     async def run_node(self, process: Process, task_status: trio.TaskStatus[Any]) -> None:
         task_status.started()
         name = process.machine.name
-        if name == "ns0":
+        if name == NAME_SERVER:
             await self._run_namesrv(process)
         elif name == "p0":
             await self._run_senders(process)
@@ -174,7 +185,6 @@ class ClusterSubject:
         await NameServer(process.env, config).run()
 
     def _config(self, name: str) -> BrokerConfig:
-        plan = self._plan
         address = (self._host(name), BROKER_PORT)
         return BrokerConfig(
             cluster="sim",
@@ -184,16 +194,7 @@ class ClusterSubject:
             listen=address,
             advertised=address,
             namesrv=(f"{self._host('ns0')}:{NAMESRV_PORT}",),
-            group=GroupConfig(
-                cluster="sim",
-                group=GROUP,
-                node_id=name,
-                peers=self._peers,
-                data_dir=f"/{name}/data/raft",
-                flush=plan.flush,
-                segment_bytes=plan.segment_bytes,
-                format_if_empty=name not in self._formatted,
-            ),
+            group=self.group_config(name, GROUP),
             data_dir=f"/{name}/data",
             default_topic_queues=4,
             # Small enough that files are rolled, indexes sealed and checkpoints taken within a short run.
@@ -221,9 +222,7 @@ class ClusterSubject:
         node.state.on_role.append(leads)
         node.state.on_dispatch.append(dispatched)
         self.nodes[name] = node
-        async with trio.open_nursery() as nursery:
-            await nursery.start(node.run)
-            self._formatted[name] = None
+        await self.run_group(node.run, name)
 
     async def stop_node(self, name: str) -> None:
         if name in self.nodes:
@@ -303,6 +302,7 @@ class ClusterSubject:
                     if message.reconsume_times == 0:
                         self.book.got(message.queue.queue_id, message.queue_offset, message.body)
                         if rng.random() < RETRIED_SHARE and not self._is_final:
+                            self.book.retried.add(number)
                             message.retry(1)
                             continue
                     self.book.delivered[number] = self.book.delivered.get(number, 0) + 1
@@ -355,11 +355,23 @@ class ClusterSubject:
     # The run
 
     async def run_workload(self) -> None:
-        self._is_busy = True
-        try:
-            await trio.sleep_forever()
-        finally:
-            self._is_busy = False
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(super().run_workload)
+            while True:
+                await trio.sleep(LOOK_SECONDS)
+                self._read_what_is_new()
+
+    def _read_what_is_new(self) -> None:
+        """Find out which message lies at each new unit, before retention takes the log away."""
+        waiting, self.book.to_read = self.book.to_read, []
+        groups = [self.nodes[name].group for name in self.running()]
+        for queue_id, offset, position, size in waiting:
+            records = (group.read(position, size) for group in groups)
+            record = next((record for record in records if record is not None), None)
+            if record is not None:
+                self.book.found(queue_id, offset, decode_record(record).body)
+            else:
+                self.book.to_read.append((queue_id, offset, position, size))
 
     async def finish_workload(self) -> None:
         """Senders hear the end of what they have sent; readers get all that was acknowledged."""
@@ -368,37 +380,31 @@ class ClusterSubject:
             await trio.sleep(LOOK_SECONDS)
 
     def _missing(self) -> list[int]:
-        delivered = self.book.delivered
+        self._read_what_is_new()
+        book, leader = self.book, self.leader()
+        if leader is None:
+            return [sent.number for sent in book.sent[-1:]]
+        queues = self.nodes[leader].state.queues
+        firsts = {queue_id: queues.min_offset(TOPIC, queue_id) for queue_id in queues.queues_of(TOPIC)}
+
+        has_trimmed = any(firsts.values())
+
+        def is_given_up(sent: Sent) -> bool:
+            """Retention took it before a consumer came by: as in RocketMQ it waits for nobody but delayed messages.
+            What was sent back lies in another topic, of which nothing is known here."""
+            gone = self._may_be_gone(sent, lambda queue_id, offset: offset < firsts[queue_id])
+            return has_trimmed and (gone or sent.number in book.retried)
+
         return [
-            sent.number for sent in self.book.sent if sent.outcome == "acknowledged" and sent.number not in delivered
+            sent.number
+            for sent in book.sent
+            if sent.outcome == "acknowledged" and sent.number not in book.delivered and not is_given_up(sent)
         ]
-
-    def transfer(self) -> None:
-        for name in self._running():
-            if self.nodes[name].group.is_ready_leader:
-                self.nodes[name].group.transfer_leadership()
-
-    def _running(self) -> list[str]:
-        running = []
-        for name in self._brokers:
-            machine = self._world.machines[name]
-            process = machine.process
-            if name in self.nodes and process is not None and not process.is_dead and not machine.is_paused:
-                running.append(name)
-        return running
 
     # Judgement
 
-    def may_lose_power(self, name: str) -> bool:
-        """As with bare groups: with async flush one copy at a time, while the other two hold all that is committed."""
-        return self._plan.flush == "sync" or name not in self._brokers or self.is_whole()
-
-    def is_whole(self) -> bool:
-        return len(self._running()) == len(self._brokers) and holds_everything(self._world, self._groups)
-
     def is_excused(self, process: Process, error: BaseException) -> bool:
-        disk = process.machine.disk
-        return isinstance(error, OSError) and (disk.was_full_until > 0 or disk.has_failed)
+        return excuses(process, error)
 
     def unsettled(self) -> str | None:
         if self._open_sends:
@@ -406,19 +412,15 @@ class ClusterSubject:
         missing = self._missing()
         if missing:
             return f"{len(missing)} acknowledged messages are not delivered, first {missing[0]}"
-        running = self._running()
-        for name in self._brokers:
-            if name not in running:
-                return f"{name} does not run"
-        return not_level({name: self.nodes[name].group.statistics() for name in self._brokers})
+        return self.not_level()
 
     async def check(self) -> None:
         """On every broker: each acknowledged message at its offset and nowhere else; equal logs, queues and tables."""
         await trio.lowlevel.checkpoint()
-        for name in self._brokers:
+        for name in self.members():
             self._check_messages(name)
         self._check_tables()
-        check_logs_equal(self._world, {name: f"/{name}/data/raft/log" for name in self._brokers}, self._groups)
+        self.check_logs_equal()
 
     def _check_messages(self, name: str) -> None:
         node = self.nodes[name]
@@ -443,12 +445,12 @@ class ClusterSubject:
         has_trimmed = max(group.first_position, group.statistics().trimmed_position) > 0
 
         def is_given_up(queue_id: int, offset: int) -> bool:
-            """A disk that is full makes room with the oldest messages, whatever they are (design §3)."""
+            """Retention, or a disk that is full, makes room with the oldest messages (design §3)."""
             return has_trimmed and offset < queues.min_offset(TOPIC, queue_id)
 
         for sent in self.book.sent:
             place = places.get(sent.number)
-            if sent.outcome == "acknowledged" and is_given_up(sent.queue_id, sent.queue_offset):
+            if sent.outcome == "acknowledged" and self._may_be_gone(sent, is_given_up):
                 continue
             if sent.outcome == "refused" and place is not None:
                 raise Broken(f"message {sent.number} was refused for certain; {name} has it at {place}")
@@ -464,10 +466,20 @@ class ClusterSubject:
                     f"a consumer read message {number} at {queue_id}/{offset}, {name} has it at {places.get(number)}"
                 )
 
+    def _may_be_gone(self, sent: Sent, is_given_up: Callable[[int, int], bool]) -> bool:
+        """A delayed message goes only once it was delivered, or with all others where a disk is full."""
+        if sent.kind != "delayed":
+            return is_given_up(sent.queue_id, sent.queue_offset)
+        place = self.book.stored.get(sent.number)
+        if place is None:
+            return bool(self._world.faults_applied["full disk"])
+        return is_given_up(*place)
+
     def _check_tables(self) -> None:
         """Tables that follow from the log alone are equal on all members."""
+        members = self.members()
         tables: dict[str, dict[str, bytes]] = {}
-        for name in self._brokers:
+        for name in members:
             state = self.nodes[name].state
             ends = [
                 [topic, queue_id, state.queues.max_offset(topic, queue_id)]
@@ -485,15 +497,12 @@ class ClusterSubject:
                 tables.setdefault(what, {})[name] = cbor2.dumps(table, canonical=True)
         for what, by_node in tables.items():
             for name, encoded in by_node.items():
-                difference = _difference(cbor2.loads(by_node[self._brokers[0]]), cbor2.loads(encoded), what)
+                difference = _difference(cbor2.loads(by_node[members[0]]), cbor2.loads(encoded), what)
                 if difference is not None:
-                    raise Broken(f"tables of {self._brokers[0]} and {name} differ: {difference}")
+                    raise Broken(f"tables of {members[0]} and {name} differ: {difference}")
 
     def leftovers(self) -> str | None:
-        for name in self._brokers:
-            if self.nodes[name].group.statistics().waiting_records:
-                return f"{name} still counts waiting records"
-        return None
+        return self.waiting_records()
 
 
 def _difference(one: Any, other: Any, at: str) -> str | None:

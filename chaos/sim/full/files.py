@@ -213,6 +213,16 @@ class Disk:
             if name not in self._names:
                 self._names[name] = self._durable[name] = Inode(is_folder=True)
 
+    def wipe(self, folder: str) -> None:
+        """Nothing below a folder any more, and that for good."""
+        for names in (self._names, self._durable):
+            for path in [path for path in names if path.startswith(folder + "/")]:
+                del names[path]
+        self._changes = [change for change in self._changes if not _is_below(change, folder)]
+        self.flips = [flip for flip in self.flips if not flip[0].startswith(folder + "/")]
+        self.used = sum(len(inode.cached) for inode in self._names.values())
+        self.locks = {}
+
     # Room
 
     @property
@@ -297,6 +307,10 @@ def _apply(names: dict[str, Inode], change: _Change) -> None:
             names.pop(path, None)
         else:
             names[path] = inode
+
+
+def _is_below(change: _Change, folder: str) -> bool:
+    return any(path.startswith(folder + "/") for path, _ in change.paths)
 
 
 def parent_of(path: str) -> str:

@@ -7,7 +7,7 @@ the moment it does, and every answer a proposer gets.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 from zlib import crc32
@@ -17,11 +17,11 @@ import trio
 from attrs import define, field
 
 from chaos.sim.full.machine import Process
+from chaos.sim.full.subject import RaftSubject, excuses
 from chaos.sim.full.world import Broken, World
-from dledger.config import GroupConfig
 from dledger.core.types import Role
 from dledger.errors import NotLeader, Overloaded, StoreFailed
-from dledger.group import EntryView, GroupStatistics, RaftGroup
+from dledger.group import EntryView, RaftGroup
 
 PEER_PORT: Final = 10_911
 CHECKPOINT_SECONDS: Final = 3.0
@@ -31,8 +31,6 @@ HEAD: Final = struct.Struct("<IQQ")
 OPS: Final = b"\x01an entry without records"
 TASKS_MAX: Final = 80
 """Of one quiet member; its connections included."""
-
-Told = Callable[[str], None]
 
 
 @define
@@ -234,22 +232,20 @@ class SmallMachine:
         self.pending.append(place)
 
 
-class GroupsSubject:
-    """`world.Subject`: three members, proposers, readers."""
+class GroupsSubject(RaftSubject):
+    """`world.Subject`: members of a raft group, proposers, readers."""
+
+    port = PEER_PORT
 
     def __init__(self, world: World) -> None:
-        self._world = world
-        self._plan = world.plan
-        self.members: Sequence[str] = ("n0", "n1", "n2")
-        for name in self.members:
-            world.add_machine(name)
-        self.victim = self.members[world.plan.seed % 3]
+        super().__init__(world)
         self._judge = Judge(world)
-        self._is_busy = False
-        self.groups: dict[str, RaftGroup] = {}
+        self._groups: dict[str, RaftGroup] = {}
         self._machines: dict[str, SmallMachine] = {}
-        self._peers = {name: (world.machines[name].host, PEER_PORT) for name in self.members}
-        self._formatted: dict[str, None] = {}
+
+    @property
+    def groups(self) -> Mapping[str, RaftGroup]:
+        return self._groups
 
     @property
     def operations(self) -> list[Operation]:
@@ -263,42 +259,24 @@ class GroupsSubject:
     def elections(self) -> int:
         return len(self._judge.leaders)
 
-    def log_folder(self, name: str) -> str:
-        return f"/{name}/raft/log/"
+    def folder(self, name: str) -> str:
+        return f"/{name}/raft"
 
     # Lives
-
-    def _config(self, name: str) -> GroupConfig:
-        plan = self._plan
-        return GroupConfig(
-            cluster="sim",
-            group="g",
-            node_id=name,
-            peers=self._peers,
-            data_dir=f"/{name}/raft",
-            flush=plan.flush,
-            segment_bytes=plan.segment_bytes,
-            format_if_empty=name not in self._formatted,
-            secret=b"between us",
-        )
 
     async def run_node(self, process: Process, task_status: trio.TaskStatus[Any]) -> None:
         name = process.machine.name
         machine = SmallMachine(self._judge, process, name)
-        group = RaftGroup(process.env, self._config(name), machine, self._world.logger(name))
+        config = self.group_config(name, "g", secret=b"between us")
+        group = RaftGroup(process.env, config, machine, self._world.logger(name))
         machine.group = group
-        self.groups[name], self._machines[name] = group, machine
+        self._groups[name], self._machines[name] = group, machine
         task_status.started()
         async with trio.open_nursery() as nursery:
             for service in (self._keep_checkpoints, self._propose, self._read):
                 nursery.start_soon(service, process, group, machine)
-            await self._run_group(group, name)
+            await self.run_group(group.run, name)
             nursery.cancel_scope.cancel()
-
-    async def _run_group(self, group: RaftGroup, name: str) -> None:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(group.run)
-            self._formatted[name] = None
 
     async def _keep_checkpoints(self, process: Process, group: RaftGroup, machine: SmallMachine) -> None:
         covered = 0
@@ -311,23 +289,10 @@ class GroupsSubject:
                     covered = index
 
     async def stop_node(self, name: str) -> None:
-        await self.groups[name].stop_gracefully()
+        if name in self.groups:
+            await self.groups[name].stop_gracefully()
 
     # Clients: beside their member, in its process, as the processors of a broker are
-
-    async def run_workload(self) -> None:
-        self._is_busy = True
-        try:
-            await trio.sleep_forever()
-        finally:
-            self._is_busy = False
-
-    def _is_usable(self, name: str) -> bool:
-        machine = self._world.machines[name]
-        return machine.process is not None and not machine.process.is_dead and not machine.is_paused
-
-    def _running(self) -> list[str]:
-        return [name for name in self.members if name in self.groups and self._is_usable(name)]
 
     async def _propose(self, process: Process, group: RaftGroup, machine: SmallMachine) -> None:
         plan, clock = self._plan, process.env.clock
@@ -374,40 +339,21 @@ class GroupsSubject:
     async def finish_workload(self) -> None:
         await trio.lowlevel.checkpoint()
 
-    def transfer(self) -> None:
-        for name in self._running():
-            if self.groups[name].is_ready_leader:
-                self.groups[name].transfer_leadership()
-
     # Judgement
 
-    def may_lose_power(self, name: str) -> bool:
-        """With async flush one copy at a time, and only while the other two hold all that is committed."""
-        return self._plan.flush == "sync" or self.is_whole()
-
-    def is_whole(self) -> bool:
-        return all(name in self._running() for name in self.members) and holds_everything(
-            self._world, {name: self.groups[name] for name in self.members}
-        )
-
     def is_excused(self, process: Process, error: BaseException) -> bool:
-        disk = process.machine.disk
         if isinstance(error, StoreFailed):
-            return disk.has_failed
-        return isinstance(error, OSError) and (disk.was_full_until > 0 or disk.has_failed)
+            return process.machine.disk.has_failed
+        return excuses(process, error)
 
     def unsettled(self) -> str | None:
-        statistics = {}
-        for name in self.members:
-            if name not in self._running():
-                return f"{name} does not run"
-            statistics[name] = self.groups[name].statistics()
-        return not_level(statistics)
+        return self.not_level()
 
     async def check(self) -> None:
         await trio.lowlevel.checkpoint()
-        tables = {name: self._machines[name].applied for name in self.members}
-        first = max(self._machines[name].first_position for name in self.members)
+        members = self.members()
+        tables = {name: self._machines[name].applied for name in members}
+        first = max(self._machines[name].first_position for name in members)
         whole = {offset: number for number, offset in self._judge.places.items() if offset >= first}
         for name, table in tables.items():
             own = {offset: number for offset, number in table.items() if offset >= first}
@@ -424,62 +370,12 @@ class GroupsSubject:
         for offset, number in self._judge.seen.items():
             if offset >= first and whole.get(offset) != number:
                 raise Broken(f"a reader saw operation {number} at {offset}; it is not in the log")
-        check_logs_equal(self._world, {name: f"/{name}/raft/log" for name in self.members}, self.groups)
+        self.check_logs_equal()
 
     def leftovers(self) -> str | None:
-        lives = {name: self._world.machines[name].process for name in self.members}
+        lives = {name: machine.process for name, machine in self._world.machines.items()}
         for operation in self.operations:
             process = lives[operation.node]
             if operation.outcome == "waiting" and process is not None and process.number == operation.life:
                 return f"the proposer of operation {operation.number} still waits at {operation.node}"
-        for name in self.members:
-            if self.groups[name].statistics().waiting_records:
-                return f"{name} still counts waiting records"
-        return None
-
-
-def holds_everything(world: World, groups: dict[str, RaftGroup]) -> bool:
-    """Whether every member has written all that any has applied, and none's disk has rotted."""
-    statistics = [group.statistics() for group in groups.values()]
-    applied = max(each.applied_index for each in statistics)
-    return not any(each.recovering or each.written_index < applied for each in statistics) and not any(
-        world.machines[name].disk.rotten for name in groups
-    )
-
-
-def not_level(statistics: Mapping[str, GroupStatistics]) -> str | None:
-    """Why members of a group cannot be judged yet; None when they lead, end and are committed alike."""
-    if not any(each.ready for each in statistics.values()):
-        return "no leader"
-    ends = {name: (each.end_position, each.committed_position) for name, each in statistics.items()}
-    if len({end for pair in ends.values() for end in pair}) != 1:
-        return f"logs end, and are committed, at {ends}"
-    recovering = [name for name, each in statistics.items() if each.recovering]
-    return f"{recovering[0]} is recovering" if recovering else None
-
-
-def check_logs_equal(world: World, folders: dict[str, str], groups: dict[str, RaftGroup]) -> None:
-    """The files of all members, byte by byte, over what all of them have and have committed."""
-    begin = max(groups[name].first_position for name in folders)
-    end = min(groups[name].committed_position for name in folders)
-    logs = {}
-    for name, folder in folders.items():
-        disk = world.machines[name].disk
-        log = bytearray()
-        for file in disk.names_in(folder):
-            inode = disk.find(f"{folder}/{file}")
-            if file.isdigit() and inode is not None and int(file) + len(inode.cached) > begin:
-                if int(file) != begin + len(log) and log:
-                    raise Broken(f"{name} lacks a segment before {file}")
-                content = bytearray(inode.cached)
-                for path, offset, before in disk.rotten:
-                    if path == f"{folder}/{file}":
-                        content[offset] = before  # nobody has looked there since
-                log += content
-        logs[name] = bytes(log[: end - begin])
-    names = list(logs)
-    for name in names[1:]:
-        if logs[name] != logs[names[0]]:
-            raise Broken(f"the logs of {names[0]} and {name} differ between {begin} and {end}")
-        if len(logs[name]) != end - begin:
-            raise Broken(f"the log of {name} has {len(logs[name])} bytes between {begin} and {end}")
+        return self.waiting_records()

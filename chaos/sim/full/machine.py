@@ -52,6 +52,8 @@ class Machine:
         self.lives = 0
         self.restart_at = 0.0
         """When a dead process is followed by the next one."""
+        self.is_spare = False
+        """Nobody wants a node here (yet, or any more): nothing is started on it by itself."""
         self.process: Process | None = None
         self._held: list[Callable[[], None]] = []
         self._pauses = 0

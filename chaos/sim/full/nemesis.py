@@ -1,15 +1,18 @@
-"""The nemesis: from one stream of chance, what goes wrong and when. Everything is healed at the end."""
+"""The nemesis: carries out the faults of a schedule, remembers how to undo each, and heals everything at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
+from random import Random
 from typing import TYPE_CHECKING
 
 import trio
 
 from chaos.sim.chance import stream
+from chaos.sim.schedule import LEADER, Fault
 
 if TYPE_CHECKING:
+    from chaos.sim.full.files import Disk
     from chaos.sim.full.machine import Machine
     from chaos.sim.full.world import Subject, World
 
@@ -25,15 +28,13 @@ WALL_STEPS_MS = {
 
 
 class Nemesis:
-    """Draws faults and carries them out; remembers how to undo each."""
+    """Carries faults out. Everything drawn meanwhile comes from the fault's own stream."""
 
     def __init__(self, world: World, subject: Subject) -> None:
         self._world = world
         self._subject = subject
         self._network = world.network
-        self._rng = stream(world.plan.seed, "nemesis")
-        self._members = list(subject.members)
-        self._do: dict[str, Callable[[str], None]] = {
+        self._do: dict[str, Callable[[Fault, str, Random], None]] = {
             "kill": self._kill,
             "power": self._power,
             "pause": self._pause,
@@ -48,22 +49,30 @@ class Nemesis:
             "transfer": self._transfer,
             "restart": self._restart,
             "wall clock": self._wall_clock,
+            "members": self._members,
+            "retention": self._retention,
         }
-        self._stopping: list[str] = []
+        self._background: trio.Nursery | None = None
 
-    async def run(self, seconds: float) -> None:
-        """Faults until so many seconds have passed. Checkpoint."""
-        world, rng, plan = self._world, self._rng, self._world.plan
-        until = world.time.now + seconds
-        async with trio.open_nursery() as nursery:
-            while True:
-                await trio.sleep(rng.expovariate(1 / plan.fault_interval))
-                if world.time.now >= until:
-                    break
-                self._do[rng.choice(plan.faults)](rng.choice(self._members))
-                for name in self._stopping:
-                    nursery.start_soon(self._subject.stop_node, name)
-                self._stopping = []
+    async def run(self, faults: Sequence[Fault], seconds: float, background: trio.Nursery) -> None:
+        """All faults at their times, until so many seconds have passed. What takes its time goes on in `background`.
+        Checkpoint."""
+        self._background = background
+        for fault in faults:
+            if fault.at >= seconds:
+                break
+            await trio.sleep_until(fault.at)
+            name = self._subject.leader() if fault.target == LEADER else fault.target
+            if name not in self._world.machines:
+                names = self._world.plan.members
+                name = names[fault.number % len(names)]
+            self._world.faults_applied[fault.kind] += 1
+            self._do[fault.kind](fault, name, stream(self._world.plan.seed, f"fault/{fault.number}"))
+        await trio.sleep_until(seconds)
+
+    def _start(self, work: Callable[..., Awaitable[object]], *details: object) -> None:
+        assert self._background is not None
+        self._background.start_soon(work, *details)
 
     async def heal(self) -> None:
         """Undo everything that is still wrong; machines that are down start again."""
@@ -75,7 +84,8 @@ class Nemesis:
             disk.reserved = disk.failing_syncs = disk.failing_writes = 0
             if machine.process is not None:
                 machine.process.fuse = None
-            machine.restart_at = min(machine.restart_at, world.time.now)
+            if not machine.is_spare:
+                machine.restart_at = min(machine.restart_at, world.time.now)
         self._network.heal_all()
         await trio.sleep(HEAL_PAUSE_SECONDS)
 
@@ -88,27 +98,23 @@ class Nemesis:
     def _machine(self, name: str) -> Machine:
         return self._world.machines[name]
 
-    def _down_seconds(self) -> float:
-        return self._rng.choice((0.05, 0.5, 3.0))
-
     # Processes
 
-    def _kill(self, name: str) -> None:
-        self._end(name, power=False)
+    def _kill(self, fault: Fault, name: str, rng: Random) -> None:
+        self._end(fault, name, rng, power=False)
 
-    def _power(self, name: str) -> None:
-        if self._world.plan.flush == "sync" and self._rng.random() < 0.25:
+    def _power(self, fault: Fault, name: str, rng: Random) -> None:
+        if self._world.plan.flush == "sync" and rng.random() < 0.25:
             self._note("the whole site loses power")
-            for each in self._members:
-                self._world.end_life(each, power=True, down_seconds=self._down_seconds())
+            for each in self._world.plan.targets:
+                self._world.end_life(each, power=True, down_seconds=fault.seconds * rng.random())
         else:
-            self._end(name, power=True)
+            self._end(fault, name, rng, power=True)
 
-    def _end(self, name: str, *, power: bool) -> None:
+    def _end(self, fault: Fault, name: str, rng: Random, *, power: bool) -> None:
         """At once, or in the middle of the work at its disk."""
-        world, rng = self._world, self._rng
+        world = self._world
         process = self._machine(name).process
-        down = self._down_seconds()
         if power and not self._subject.may_lose_power(name):
             power = False
         if process is None or process.is_dead:
@@ -117,36 +123,45 @@ class Nemesis:
 
             def burnt() -> None:
                 is_power = power and self._subject.may_lose_power(name)
-                world.end_life(name, power=is_power, down_seconds=down)
+                world.end_life(name, power=is_power, down_seconds=fault.seconds)
 
             process.fuse = rng.randrange(FUSE_OPERATIONS_MAX)
             process.on_fuse = burnt
         else:
-            world.end_life(name, power=power, down_seconds=down)
+            world.end_life(name, power=power, down_seconds=fault.seconds)
 
-    def _pause(self, name: str) -> None:
-        machine, rng = self._machine(name), self._rng
-        seconds, stops = rng.choice((0.2, 1.5, 4.0)), rng.random() < 0.4
-        self._note(f"{name} stands still for {seconds} s{', its clock too' if stops else ''}")
+    def _pause(self, fault: Fault, name: str, rng: Random) -> None:
+        machine = self._machine(name)
+        stops = rng.random() < 0.4
+        self._note(f"{name} stands still for {fault.seconds} s{', its clock too' if stops else ''}")
         self._world.counts["pauses"] += 1
         number = machine.pause(stops=stops)
-        self._later(seconds, lambda: machine.resume(number))
+        self._later(fault.seconds, lambda: machine.resume(number))
 
-    def _restart(self, name: str) -> None:
+    def _restart(self, fault: Fault, name: str, rng: Random) -> None:
         process = self._machine(name).process
         if process is not None and not process.is_dead and not self._machine(name).is_paused:
             self._note(f"{name} is to stop in order")
-            self._stopping.append(name)
+            self._start(self._subject.stop_node, name)
 
-    def _transfer(self, _: str) -> None:
-        self._note("leadership is to be handed over")
-        self._world.counts["transfers"] += 1
-        self._subject.transfer()
-
-    def _wall_clock(self, name: str) -> None:
-        step = self._rng.choice(WALL_STEPS_MS[self._world.plan.kind])
+    def _wall_clock(self, fault: Fault, name: str, rng: Random) -> None:
+        step = rng.choice(WALL_STEPS_MS[self._world.plan.kind])
         self._note(f"the date of {name} is set by {step} ms")
         self._machine(name).clock.step_wall(step)
+
+    # What operators do
+
+    def _transfer(self, fault: Fault, name: str, rng: Random) -> None:
+        self._note("leadership is to be handed over")
+        self._world.counts["transfers"] += 1
+        self._subject.transfer(name)
+
+    def _members(self, fault: Fault, name: str, rng: Random) -> None:
+        self._start(self._subject.change_members, rng)
+
+    def _retention(self, fault: Fault, name: str, rng: Random) -> None:
+        self._note("what has expired is to be deleted")
+        self._subject.delete_expired()
 
     # Network
 
@@ -165,15 +180,13 @@ class Nemesis:
     def _others(self, name: str) -> list[str]:
         return [machine.host for each, machine in self._world.machines.items() if each != name]
 
-    def _partition(self, name: str) -> None:
-        seconds = self._rng.choice((0.3, 2.0, 5.0))
-        self._note(f"{name} is cut off for {seconds} s")
+    def _partition(self, fault: Fault, name: str, rng: Random) -> None:
+        self._note(f"{name} is cut off for {fault.seconds} s")
         host = self._machine(name).host
-        self._cut([pair for other in self._others(name) for pair in ((host, other), (other, host))], seconds)
+        self._cut([pair for other in self._others(name) for pair in ((host, other), (other, host))], fault.seconds)
 
-    def _one_way(self, name: str) -> None:
-        rng = self._rng
-        seconds = rng.choice((0.3, 2.0, 5.0))
+    def _one_way(self, fault: Fault, name: str, rng: Random) -> None:
+        seconds = fault.seconds
         host = self._machine(name).host
         others = self._others(name)
         if rng.random() < 0.5:
@@ -185,58 +198,52 @@ class Nemesis:
             self._note(f"{name} does not hear {others} for {seconds} s")
             self._cut([(other, host) for other in others], seconds)
 
-    def _reset(self, name: str) -> None:
+    def _reset(self, fault: Fault, name: str, rng: Random) -> None:
         host = self._machine(name).host
         self._note(f"connections of {name} are reset")
         self._world.counts["resets"] += 1
         for each in list(self._network.streams):
-            if each.local[0] == host and self._rng.random() < 0.7:
+            if each.local[0] == host and rng.random() < 0.7:
                 each.reset()
                 if each.other is not None:
                     each.other.reset()
 
     # Disks
 
-    def _stall(self, name: str) -> None:
-        seconds = self._rng.choice((0.3, 3.0, 12.0))
-        self._note(f"the disk of {name} stalls for {seconds} s")
-        self._world.counts["disk_faults"] += 1
-        disk = self._machine(name).disk
-        disk.stalled_until = max(disk.stalled_until, self._world.time.now + seconds)
+    def _stall(self, fault: Fault, name: str, rng: Random) -> None:
+        disk = self._hurt(name, f"stalls for {fault.seconds} s")
+        disk.stalled_until = max(disk.stalled_until, self._world.time.now + fault.seconds)
 
-    def _slow_disk(self, name: str) -> None:
-        seconds = self._rng.choice((0.5, 4.0))
-        self._note(f"writes of {name} take long for {seconds} s")
+    def _hurt(self, name: str, how: str) -> Disk:
+        self._note(f"the disk of {name} {how}")
         self._world.counts["disk_faults"] += 1
-        disk = self._machine(name).disk
+        return self._machine(name).disk
+
+    def _slow_disk(self, fault: Fault, name: str, rng: Random) -> None:
+        disk = self._hurt(name, f"takes long for every write for {fault.seconds} s")
         disk.write_seconds = SLOW_WRITE_SECONDS
 
         def end() -> None:
             disk.write_seconds = 0.0
 
-        self._later(seconds, end)
+        self._later(fault.seconds, end)
 
-    def _full_disk(self, name: str) -> None:
-        seconds = self._rng.choice((0.5, 3.0, 6.0))
-        self._note(f"the disk of {name} is full for {seconds} s")
-        self._world.counts["disk_faults"] += 1
-        disk = self._machine(name).disk
+    def _full_disk(self, fault: Fault, name: str, rng: Random) -> None:
+        disk = self._hurt(name, f"is full for {fault.seconds} s")
         disk.reserved = disk.quota
-        disk.was_full_until = self._world.time.now + seconds
+        disk.was_full_until = self._world.time.now + fault.seconds
 
         def end() -> None:
             disk.reserved = 0
 
-        self._later(seconds, end)
+        self._later(fault.seconds, end)
 
-    def _failing_sync(self, name: str) -> None:
+    def _failing_sync(self, fault: Fault, name: str, rng: Random) -> None:
         """What was to be synced is lost, as with a power loss, should the page cache go too."""
         if self._subject.may_lose_power(name):
-            self._note(f"the next sync of {name} fails")
-            self._world.counts["disk_faults"] += 1
-            self._machine(name).disk.failing_syncs += 1
+            self._hurt(name, "fails the next sync").failing_syncs += 1
 
-    def _bit_flip(self, _: str) -> None:
+    def _bit_flip(self, fault: Fault, name: str, rng: Random) -> None:
         """A bit of the log turns while its node is down. Always the same node: the others' copies stay whole."""
         world = self._world
         name = self._subject.victim
@@ -245,9 +252,9 @@ class Nemesis:
         written = {path: nbytes for path in segments if (nbytes := disk.written_bytes(path))}
         if not written or not self._subject.is_whole():
             return
-        path = self._rng.choice(list(written))
-        world.end_life(name, power=False, down_seconds=self._down_seconds())
-        offset, bit = self._rng.randrange(written[path]), self._rng.randrange(8)
+        path = rng.choice(list(written))
+        world.end_life(name, power=False, down_seconds=fault.seconds)
+        offset, bit = rng.randrange(written[path]), rng.randrange(8)
         self._note(f"bit {bit} of byte {offset} of {path} turns")
         world.counts["flips"] += 1
         disk.flip_bit(path, offset, bit)

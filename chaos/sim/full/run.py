@@ -1,16 +1,19 @@
-"""Run seeds of the full engine: `run_seed(seed)` plays one, and says what happened."""
+"""Engine full: `run_seed(seed)` plays one seed, `run_scenario` a plan with a list of faults, and says what happened."""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 
-from attrs import asdict, frozen
-
-from chaos.sim.full.clock import VirtualTime, run_virtually
+from chaos.sim.engine import Engine
+from chaos.sim.full.clock import VirtualTime, probe_scheduler, run_virtually
 from chaos.sim.full.cluster import ClusterSubject
 from chaos.sim.full.groups import GroupsSubject
 from chaos.sim.full.plan import FullPlan, draw_plan
 from chaos.sim.full.world import World
+from chaos.sim.result import SeedResult
+from chaos.sim.scenario import Scenario
+from chaos.sim.schedule import Fault, draw_schedule
 
 TOTALS = (
     "delivered",
@@ -26,64 +29,49 @@ TOTALS = (
     "disk_faults",
     "flips",
     "transfers",
+    "changes",
+    "trims",
+    "repairs",
+    "installs",
+    "faults",
 )
-
-
-@frozen(kw_only=True)
-class SeedResult:
-    """What one seed did. `violation` is None when every promise held."""
-
-    seed: int
-    violation: str | None
-    at_seconds: float
-    plan: str
-    trace_hash: str
-    virtual_seconds: float
-    delivered: int
-    elections: int
-    entries: int
-    proposals: int
-    acknowledged: int
-    starts: int
-    crashes: int
-    power_losses: int
-    pauses: int
-    partitions: int
-    disk_faults: int
-    flips: int
-    transfers: int
-    trace: tuple[str, ...] = ()
-
-    @property
-    def ok(self) -> bool:
-        return self.violation is None
-
-    @property
-    def reproduction(self) -> str:
-        """The command that plays this seed again."""
-        return f"quorate chaos replay --full {self.seed} --trace"
-
-    def to_json(self) -> dict[str, object]:
-        fields: dict[str, object] = asdict(self)
-        if not self.trace:
-            del fields["trace"]
-        return {"ok": self.ok, **fields}
+SIMPLER = (
+    {"spares": 0},
+    {"jitter": 0.0},
+    {"cold": 0.0},
+    {"drift": 0.0},
+    {"retention_bytes": 0},
+    {"retention_seconds": 72 * 3600.0},
+    {"segment_bytes": 262_144},
+    {"record_bytes_max": 64},
+    {"rate": 10.0},
+    {"latency": 0.0005},
+    {"sync_seconds": 0.001},
+)
+"""Shapes, one at a time, from what disturbs most to what matters least."""
 
 
 def run_seed(seed: int, *, keep_trace: bool = False, plan: FullPlan | None = None) -> SeedResult:
     """Play one seed to its end. Same seed, same result; a broken promise is a result, not an error.
 
-    Raises clock.NotDeterministic where this trio cannot be made to repeat itself.
+    Raises NotDeterministic where this trio cannot be made to repeat itself.
     """
     plan = plan or draw_plan(seed)
+    return run_scenario(plan, draw_schedule(plan), keep_trace=keep_trace)
+
+
+def run_scenario(
+    plan: FullPlan, faults: Sequence[Fault], *, keep_trace: bool = False, until: float | None = None
+) -> SeedResult:
+    """Play a plan with these faults to its end, or until a virtual second. Raises NotDeterministic."""
     world: World | None = None
     subject: GroupsSubject | ClusterSubject | None = None
 
     async def main(time: VirtualTime) -> None:
         nonlocal world, subject
-        world = World(plan, time, keep_trace=keep_trace)
+        world = World(plan, faults, time, keep_trace=keep_trace)
         subject = GroupsSubject(world) if plan.kind == "groups" else ClusterSubject(world)
-        await world.run(subject)
+        await world.run(subject, until)
 
     def spins() -> None:
         assert world is not None
@@ -92,32 +80,53 @@ def run_seed(seed: int, *, keep_trace: bool = False, plan: FullPlan | None = Non
     was_collecting = gc.isenabled()
     gc.disable()
     try:
-        seconds = run_virtually(main, seed, spins)
+        seconds = run_virtually(main, plan.seed, spins)
     finally:
         if was_collecting:
             gc.enable()
             gc.collect()
     assert world is not None and subject is not None
-    counts = world.counts
+    counts = {
+        **dict.fromkeys(TOTALS, 0),
+        **world.counts,
+        "delivered": world.delivered,
+        "elections": subject.elections,
+        "entries": subject.entries,
+        "proposals": len(subject.operations),
+        "acknowledged": sum(1 for each in subject.operations if each.outcome == "acknowledged"),
+        "trims": world.logged["log trimmed"],
+        "faults": sum(world.faults_applied.values()),
+    }
     return SeedResult(
-        seed=seed,
-        violation=world.violation,
-        at_seconds=round(world.at_seconds, 4),
+        engine="full",
+        seed=plan.seed,
+        violation=None if world.violation is None else f"Broken: {world.violation}",
+        at_seconds=round(world.at_seconds or seconds, 4),
         plan=plan.describe(),
         trace_hash=world.trace_hash,
-        virtual_seconds=round(seconds, 3),
-        delivered=world.delivered,
-        elections=subject.elections,
-        entries=subject.entries,
-        proposals=len(subject.operations),
-        acknowledged=sum(1 for each in subject.operations if each.outcome == "acknowledged"),
-        starts=counts["starts"],
-        crashes=counts["crashes"],
-        power_losses=counts["power_losses"],
-        pauses=counts["pauses"],
-        partitions=counts["partitions"],
-        disk_faults=counts["disk_faults"],
-        flips=counts["flips"],
-        transfers=counts["transfers"],
+        counts={name: counts[name] for name in TOTALS},
+        faults_by_kind=dict(world.faults_applied),
         trace=tuple(world.trace) if keep_trace else (),
+        standing=world.standing,
     )
+
+
+def _draw(seed: int) -> Scenario:
+    plan = draw_plan(seed)
+    return Scenario(plan, draw_schedule(plan))
+
+
+def _play(scenario: Scenario, *, keep_trace: bool = False, until: float | None = None) -> SeedResult:
+    assert isinstance(scenario.plan, FullPlan)
+    return run_scenario(scenario.plan, scenario.faults, keep_trace=keep_trace, until=until)
+
+
+FULL = Engine(
+    name="full",
+    draw=_draw,
+    play=_play,
+    totals=TOTALS,
+    simpler=SIMPLER,
+    shrink_seconds=300.0,
+    check=probe_scheduler,
+)

@@ -8,8 +8,10 @@ What runs on the machines is the affair of a `Subject`: raft groups (`groups.py`
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Sequence
+from random import Random
 from typing import Any, Protocol
 from zlib import crc32
 
@@ -21,6 +23,7 @@ from chaos.sim.full.files import Disk
 from chaos.sim.full.machine import Machine, Process
 from chaos.sim.full.net import Network
 from chaos.sim.full.plan import SECONDS_TO_SETTLE, FullPlan
+from chaos.sim.schedule import Fault
 from runtime.logs import Logger
 
 LOOK_SECONDS = 0.05
@@ -36,14 +39,14 @@ class Broken(AssertionError):
 class Subject(Protocol):
     """What runs on the machines, and what must hold of it."""
 
-    members: Sequence[str]
-    """Names of the machines that the nemesis may touch."""
-
     victim: str
     """The one machine whose log may rot."""
 
     def log_folder(self, name: str) -> str:
         """Where a machine's segments are."""
+
+    def leader(self) -> str | None:
+        """Who leads the highest term, as far as running nodes say."""
 
     def is_whole(self) -> bool:
         """Whether every member holds all that is committed, and nothing has been damaged before."""
@@ -63,8 +66,14 @@ class Subject(Protocol):
     async def stop_node(self, name: str) -> None:
         """Ask a running node to stop in order."""
 
-    def transfer(self) -> None:
-        """Have a leader hand over."""
+    def transfer(self, target: str) -> None:
+        """Have a leader hand over, to `target` where that can take it."""
+
+    async def change_members(self, rng: Random) -> None:
+        """One change of the group, whatever makes sense now."""
+
+    def delete_expired(self) -> None:
+        """Have a leader give up what retention does not keep."""
 
     def is_excused(self, process: Process, error: BaseException) -> bool:
         """Whether a node may end like this, in view of what its disk did to it."""
@@ -77,6 +86,9 @@ class Subject(Protocol):
 
     def leftovers(self) -> str | None:
         """What has leaked, in one sentence."""
+
+    def describe(self, name: str) -> str:
+        """The state of one machine's node in a line."""
 
 
 class SimLogger(Logger):
@@ -93,6 +105,7 @@ class SimLogger(Logger):
         return SimLogger(self._world, self._node, {**self._fields, **fields})
 
     def _log(self, level: str, event: str, fields: dict[str, Any], traceback: bool = False) -> None:
+        self._world.logged[event] += 1
         if level != "debug" or self._world.keeps_trace:
             text = " ".join([event, *(f"{key}={value!r}" for key, value in {**self._fields, **fields}.items())])
             if level == "debug":
@@ -104,16 +117,21 @@ class SimLogger(Logger):
 class World:
     """Everything there is under one seed."""
 
-    def __init__(self, plan: FullPlan, time: VirtualTime, *, keep_trace: bool = False) -> None:
+    def __init__(self, plan: FullPlan, faults: Sequence[Fault], time: VirtualTime, *, keep_trace: bool = False) -> None:
         self.plan = plan
+        self.faults = tuple(faults)
+        self.faults_applied: Counter[str] = Counter()
         self.time = time
         self.agenda = Agenda(time)
         self.keeps_trace = keep_trace
         self.trace: list[str] = []
         self._hash = hashlib.sha256()
         self.counts: Counter[str] = Counter()
+        self.logged: Counter[str] = Counter()
+        """How often nodes said what in their logs."""
         self.violation: str | None = None
         self.at_seconds = 0.0
+        self.standing: tuple[str, ...] = ()
         self.scope = trio.CancelScope()
         self.network = Network(plan.seed, self.agenda, lambda: time.now, self._observe)
         self.network.latency = plan.latency
@@ -126,7 +144,7 @@ class World:
 
     # Machines
 
-    def add_machine(self, name: str) -> Machine:
+    def add_machine(self, name: str, *, is_spare: bool = False) -> Machine:
         plan, rng = self.plan, stream(self.plan.seed, f"machine/{name}")
         clock = NodeClock(
             self.time,
@@ -137,6 +155,8 @@ class World:
         disk.cold = plan.cold
         disk.prepare_folder(f"/{name}")
         machine = Machine(name, f"10.0.0.{len(self.machines) + 1}", plan.seed, self.time, self.agenda, clock, disk)
+        machine.is_spare = is_spare
+        machine.restart_at = math.inf if is_spare else 0.0
         self.machines[name] = machine
         self.network.hosts[machine.host] = machine
         return machine
@@ -174,6 +194,11 @@ class World:
             self.note("all", f"BROKEN: {what}")
             self._end()
 
+    def _stop_and_look(self, subject: Subject) -> None:
+        self.at_seconds = self.time.now
+        self.standing = tuple(subject.describe(name) for name in self.plan.members)
+        self._end()
+
     def _end(self) -> None:
         """Nothing moves any more; not even work in threads is waited for."""
         self.scope.cancel()
@@ -183,20 +208,23 @@ class World:
 
     # The run
 
-    async def run(self, subject: Subject) -> None:
-        """The whole life of the world. What goes wrong is in `violation` afterwards."""
+    async def run(self, subject: Subject, until: float | None = None) -> None:
+        """The whole life of the world, or its beginning `until` a virtual second. What goes wrong is in `violation`
+        afterwards."""
         from chaos.sim.full.nemesis import Nemesis
 
         with self.scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.agenda.run)
                 self.agenda.call_at(VIRTUAL_SECONDS_MAX, lambda: self.broke("the run does not come to an end"))
+                if until is not None:
+                    self.agenda.call_at(until, lambda: self._stop_and_look(subject))
                 for name in self.machines:
                     nursery.start_soon(self.keep_running, subject, name)
                 async with trio.open_nursery() as workload:
                     workload.start_soon(subject.run_workload)
                     nemesis = Nemesis(self, subject)
-                    await nemesis.run(self.plan.seconds)
+                    await nemesis.run(self.faults, self.plan.fault_seconds, workload)
                     await nemesis.heal()
                     self.is_calm = True
                     workload.cancel_scope.cancel()
@@ -223,6 +251,7 @@ class World:
     async def keep_running(self, subject: Subject, name: str) -> None:
         """One life after the other, as a supervisor does."""
         machine = self.machines[name]
+        await self._wait_for_restart(machine)
         while True:
             process = Process(machine, self.network)
             self.note(name, f"starts, life {process.number}")
@@ -243,6 +272,7 @@ class World:
                 if not subject.is_excused(process, each):
                     self.broke(f"{name} ended with {type(each).__name__}: {each}{where(each)}")
             await trio.sleep(RESTART_SECONDS)
+            await self._wait_for_restart(machine)
 
     async def _wait_for_restart(self, machine: Machine) -> None:
         """Until the nemesis lets it start again, which may come to be earlier than it said."""

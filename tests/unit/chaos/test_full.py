@@ -5,23 +5,34 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from attrs import evolve
 from click.testing import CliRunner
 
+from broker.state import BrokerState
 from chaos.commands import chaos_group
-from chaos.sim.full import clock, groups
+from chaos.sim.full import clock, cluster, groups
 from chaos.sim.full.clock import probe_scheduler
 from chaos.sim.full.plan import FullPlan, draw_plan
-from chaos.sim.full.run import run_seed
+from chaos.sim.full.run import FULL, run_seed
+from chaos.sim.scenario import BadScenario, Scenario, read_scenario, write_scenario
+from chaos.sim.schedule import draw_schedule
 from tests.trees import ROOT
 
 
 def short(seed: int, **changes: Any) -> FullPlan:
     """A few seconds of one seed, with little to do."""
-    settings = {"kind": "groups", "seconds": 3.0, "rate": 20.0, "record_bytes_max": 64, "fault_interval": 0.4}
+    settings = {
+        "kind": "groups",
+        "fault_seconds": 4.0,
+        "spares": 0,
+        "rate": 20.0,
+        "record_bytes_max": 64,
+        "fault_interval": 0.4,
+    }
     return evolve(draw_plan(seed), **{**settings, **changes})
 
 
@@ -33,7 +44,7 @@ def test_a_seed_is_a_run() -> None:
     first, second, other = run_seed(3, plan=short(3)), run_seed(3, plan=short(3)), run_seed(4, plan=short(4))
     assert first == second
     assert first.trace_hash != other.trace_hash
-    assert first.ok and first.acknowledged and first.elections
+    assert first.ok and first.counts["acknowledged"] and first.counts["elections"]
 
 
 def test_a_seed_is_the_same_run_in_another_process() -> None:
@@ -75,28 +86,105 @@ def test_an_answer_before_its_commit_is_found(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_cluster_is_a_run() -> None:
-    result = run_seed(3, plan=short(3, kind="cluster", seconds=1.5, rate=10.0, faults=("kill", "partition")))
+    result = run_seed(3, plan=short(3, kind="cluster", fault_seconds=2.5, rate=10.0, kinds=("kill", "partition")))
     assert result.ok, result.violation
-    assert result.acknowledged and result.elections
+    assert result.counts["acknowledged"] and result.counts["elections"]
 
 
 def test_a_slow_disk_without_a_next_segment_costs_no_busy_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "SPIN_LOOKS_MAX", 50_000)
-    faults = ("slow disk", "stall")
-    plan = short(5, seconds=1.0, rate=60.0, record_bytes_max=5000, faults=faults, segment_bytes=65_536, flush="async")
+    kinds = ("slow disk", "stall")
+    plan = short(
+        5, fault_seconds=2.0, rate=60.0, record_bytes_max=5000, kinds=kinds, segment_bytes=65_536, flush="async"
+    )
     result = run_seed(5, plan=plan)
     assert result.ok, result.violation
-    assert result.disk_faults
+    assert result.counts["disk_faults"]
 
 
 def test_a_turned_bit_is_mended_from_the_other_members() -> None:
-    result = run_seed(2, plan=short(2, seconds=2.0, faults=("bit flip",), flush="sync"))
+    result = run_seed(2, plan=short(2, fault_seconds=3.0, kinds=("bit flip",), flush="sync"))
     assert result.ok, result.violation
-    assert result.flips
+    assert result.counts["flips"]
+
+
+# Members come and go, the log is trimmed
+
+
+def busy(seed: int, **changes: Any) -> FullPlan:
+    """Many changes of members, and a log that retention keeps short."""
+    settings = {"fault_seconds": 9.0, "spares": 2, "kinds": ("members", "retention"), "fault_interval": 0.25}
+    sizes = {"rate": 60.0, "record_bytes_max": 3000, "segment_bytes": 65_536, "retention_bytes": 4 * 65_536}
+    return short(seed, **{**settings, **sizes, "retention_seconds": 1.0, "latency": 0.0005, "jitter": 0.0, **changes})
+
+
+@pytest.mark.chaos
+def test_members_join_are_promoted_and_leave_while_the_log_is_trimmed() -> None:
+    result = run_seed(1, plan=busy(1), keep_trace=True)
+    assert result.ok, result.violation
+    done = " ".join(line for line in result.trace if line.endswith(": done"))
+    assert all(step in done for step in ("AddLearner", "Promote", "Remove")), done
+    assert result.counts["changes"] >= 3 and result.counts["trims"], result.counts
+
+
+@pytest.mark.chaos
+def test_brokers_join_and_leave_while_consumers_and_delayed_messages_live() -> None:
+    result = run_seed(2, plan=busy(2, kind="cluster", rate=40.0, fault_seconds=6.0), keep_trace=True)
+    assert result.ok, result.violation
+    assert result.counts["changes"] and result.counts["trims"], result.counts
+
+
+@pytest.mark.chaos
+def test_retention_that_takes_what_is_still_to_be_delivered_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "DELAYED_SHARE", 0.3)
+    monkeypatch.setattr(BrokerState, "trim_floor", lambda self: 1 << 62)
+    plan = busy(2, kind="cluster", rate=60.0, fault_seconds=6.0, retention_seconds=0.2, kinds=("retention",))
+    violation = run_seed(2, plan=plan).violation
+    assert violation is not None and "acknowledged messages are not delivered" in violation
+
+
+# Shrinking
+
+
+def test_a_failing_run_is_shrunk_to_a_file_that_replays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = groups.SmallMachine.put
+
+    def hasty(self: groups.SmallMachine, group: Any, operation: groups.Operation, size: int, wall_ms: int) -> None:
+        put(self, group, operation, size, wall_ms)
+        self._judge.told(operation, "acknowledged")
+
+    monkeypatch.setattr(groups.SmallMachine, "put", hasty)
+    monkeypatch.setattr("chaos.sim.full.run.draw_plan", lambda seed: short(seed))
+    runner = CliRunner()
+    path = tmp_path / "3.toml"
+    shrunk = runner.invoke(chaos_group, ["shrink", "--full", "3", "--out", str(path)])
+    assert shrunk.exit_code == 1, shrunk.output
+    scenario = read_scenario(path.read_text(encoding="utf-8"))
+    assert scenario.engine == "full" and scenario.faults == () and "is acknowledged at" in scenario.breaks
+    again = runner.invoke(chaos_group, ["replay", str(path)])
+    assert again.exit_code == 1 and "is acknowledged at" in again.output
+
+
+def test_a_scenario_of_the_full_engine_survives_its_file() -> None:
+    plan = draw_plan(3)
+    scenario = Scenario(plan, draw_schedule(plan), "why")
+    assert read_scenario(write_scenario(scenario)) == scenario
+    with pytest.raises(BadScenario, match="must be one of"):
+        read_scenario(write_scenario(scenario).replace(f'kind = "{plan.kind}"', 'kind = "other"', 1))
+    with pytest.raises(BadScenario, match="spares"):
+        read_scenario(write_scenario(Scenario(evolve(plan, spares=9), ())))
+
+
+def test_a_run_can_be_stopped_and_looked_at() -> None:
+    scenario = Scenario(short(3), ())
+    result = FULL.play(scenario, until=3.0)
+    assert result.ok and result.at_seconds == 3.0
+    assert [line.split()[0] for line in result.standing] == ["n0", "n1", "n2"]
+    assert sum("LEADER" in line for line in result.standing) == 1
 
 
 def test_the_verbs_play_and_repeat_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chaos.sim.full.run.draw_plan", lambda seed: short(seed, seconds=1.0))
+    monkeypatch.setattr("chaos.sim.full.run.draw_plan", lambda seed: short(seed, fault_seconds=2.0))
     runner = CliRunner()
     played = runner.invoke(chaos_group, ["sim", "--full", "--start", "3", "--seeds", "1", "--json"])
     assert played.exit_code == 0, played.output

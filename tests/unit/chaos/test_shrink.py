@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
 from click.testing import CliRunner
 
-import chaos.sim.run
-import chaos.sim.shrink
 from chaos import commands
-from chaos.sim.plan import KINDS, draw_plan
-from chaos.sim.run import run_scenario, violation_class
+from chaos.sim.plan import KINDS, Plan, draw_plan
+from chaos.sim.result import SeedResult, violation_class
+from chaos.sim.run import CORE, run_scenario
 from chaos.sim.scenario import BadScenario, Scenario, read_scenario, write_scenario
 from chaos.sim.schedule import Fault, draw_schedule
 from chaos.sim.shrink import Shrinker
 from chaos.sim.world import Build, World
+from dledger.core.raft import Raft
 from tests.unit.chaos.planted import LogNotCompared, MessagesNotHeld
 
 SEED = 9
-BROKEN = Build(raft=LogNotCompared)
+
+
+def play_with(raft: type[Raft]) -> Callable[..., SeedResult]:
+    """The core engine with another core."""
+
+    def play(scenario: Scenario, **options: Any) -> SeedResult:
+        assert isinstance(scenario.plan, Plan)
+        return run_scenario(scenario.plan, scenario.faults, Build(raft=raft), **options)
+
+    return play
+
+
+def shrinker(plan: Plan, *, elapsed: float = 0.0, runs_max: int = 200, raft: type[Raft] = LogNotCompared) -> Shrinker:
+    scenario = Scenario(plan, draw_schedule(plan))
+    return Shrinker(
+        scenario, play_with(raft), CORE.simpler, seconds_max=60.0, elapsed=lambda: elapsed, runs_max=runs_max
+    )
 
 
 def test_a_schedule_is_drawn_before_the_run_and_only_from_the_kinds_of_the_plan() -> None:
@@ -87,27 +105,26 @@ def test_the_class_of_a_violation_names_the_promise_and_not_the_circumstances() 
 
 
 def test_a_run_without_a_violation_is_not_shrunk() -> None:
-    plan = attrs.evolve(draw_plan(3), fault_seconds=3.0)
-    assert Shrinker(plan, ()).shrink() is None
+    assert shrinker(attrs.evolve(draw_plan(3), fault_seconds=3.0), raft=Raft).shrink() is None
 
 
 def test_shrinking_keeps_the_broken_promise_and_drops_the_rest() -> None:
     plan = attrs.evolve(draw_plan(SEED), fault_seconds=8.0)
-    faults = draw_schedule(plan)
-    shrunk = Shrinker(plan, faults, BROKEN, runs_max=30).shrink()
+    play, before = play_with(LogNotCompared), Scenario(plan, draw_schedule(plan))
+    shrunk = shrinker(plan, runs_max=30).shrink()
     assert shrunk is not None
-    assert len(shrunk.faults) <= 3 < shrunk.faults_before == len(faults)
-    assert shrunk.plan.fault_seconds < plan.fault_seconds
-    again = run_scenario(shrunk.plan, shrunk.faults, BROKEN)
-    assert again.violation_class == run_scenario(plan, faults, BROKEN).violation_class == again.violation_class
-    assert again == shrunk.result
+    assert len(shrunk.scenario.faults) <= 3 < len(before.faults)
+    assert shrunk.scenario.plan.fault_seconds < plan.fault_seconds
+    again = play(shrunk.scenario)
+    assert again.violation_class == play(before).violation_class != ""
+    assert again == shrunk.result and shrunk.scenario.breaks == again.violation
 
 
 def test_shrinking_ends_with_its_budget() -> None:
     plan = attrs.evolve(draw_plan(SEED), fault_seconds=8.0)
-    shrunk = Shrinker(plan, draw_schedule(plan), BROKEN, runs_max=3).shrink()
+    shrunk = shrinker(plan, runs_max=3).shrink()
     assert shrunk is not None and shrunk.runs == 3
-    timed = Shrinker(plan, draw_schedule(plan), BROKEN, elapsed=lambda: 61.0).shrink()
+    timed = shrinker(plan, elapsed=61.0).shrink()
     assert timed is not None and timed.runs == 1
 
 
@@ -116,13 +133,7 @@ def test_shrinking_ends_with_its_budget() -> None:
 
 @pytest.fixture
 def broken_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = chaos.sim.run.run_scenario
-
-    def wrong(plan, faults, build=None, **options):  # type: ignore[no-untyped-def]
-        return right(plan, faults, Build(raft=MessagesNotHeld), **options)
-
-    monkeypatch.setattr(chaos.sim.run, "run_scenario", wrong)
-    monkeypatch.setattr(chaos.sim.shrink, "run_scenario", wrong)
+    monkeypatch.setattr(commands, "_engine", lambda name: attrs.evolve(CORE, play=play_with(MessagesNotHeld)))
 
 
 @pytest.mark.usefixtures("broken_core")

@@ -6,21 +6,24 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import attrs
 import pytest
 from click.testing import CliRunner
 
-import chaos.sim.run
 from chaos import commands
 from chaos.sim.chance import stream
-from chaos.sim.plan import draw_plan
-from chaos.sim.run import SeedResult, run_scenario, run_seed
+from chaos.sim.plan import Plan, draw_plan
+from chaos.sim.result import SeedResult
+from chaos.sim.run import CORE, run_scenario, run_seed
+from chaos.sim.scenario import Scenario
 from chaos.sim.schedule import draw_schedule
-from chaos.sim.world import World
-from tests.unit.chaos.planted import PLANTED, Bug, MessagesNotHeld, build_of, first_seed
+from chaos.sim.world import Build, World
+from tests.unit.chaos.planted import PLANTED, Bug, MessagesNotHeld, first_seed, runs_well
 
-FEW = range(2)
+FEW = range(3)
 MANY = range(1000, 1100)
 NEXT_SEEDS = 8
 PLANTED_WITHIN = 200
@@ -32,7 +35,7 @@ def test_every_promise_holds_on_a_few_seeds_and_something_happened() -> None:
     broken = [f"seed {result.seed}: {result.violation}\n  {result.reproduction}" for result in results if not result.ok]
     assert not broken, "\n".join(broken)
     totals = {
-        name: sum(getattr(result, name) for result in results)
+        name: sum(result.counts[name] for result in results)
         for name in (
             "elections",
             "entries",
@@ -45,7 +48,7 @@ def test_every_promise_holds_on_a_few_seeds_and_something_happened() -> None:
         )
     }
     # A simulator in which nothing happens breaks no promise either.
-    assert all(result.elections >= 1 and result.entries >= 10 for result in results), totals
+    assert all(result.counts["elections"] >= 1 and result.counts["entries"] >= 10 for result in results), totals
     assert totals["elections"] > 3 * len(FEW), totals
     assert all(count > 0 for count in totals.values()), totals
 
@@ -95,7 +98,7 @@ def test_a_run_does_not_depend_on_the_hash_seed(hash_seed: str) -> None:
 def test_a_planted_bug_is_found(bug: Bug) -> None:
     """By the seed that found it when it was planted, or by one of the next: the draw of a schedule may have changed."""
     first = PLANTED[bug]
-    found = (not run_seed(seed, build=build_of(bug)).ok for seed in range(first, first + NEXT_SEEDS))
+    found = (not runs_well(bug, seed) for seed in range(first, first + NEXT_SEEDS))
     assert any(found), "look for another seed: python -m tests.unit.chaos.planted"
 
 
@@ -131,10 +134,7 @@ def test_sim_in_two_processes_finds_the_same(runner: CliRunner) -> None:
 def test_a_broken_promise_exits_1_and_prints_how_to_repeat_it(
     runner: CliRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = chaos.sim.run.run_seed
-    monkeypatch.setattr(
-        chaos.sim.run, "run_seed", lambda seed, **options: right(seed, make_raft=MessagesNotHeld, **options)
-    )
+    use(monkeypatch, lambda scenario, **options: broken_run(scenario, **options))
     done = runner.invoke(commands.chaos_group, ["sim", "--seeds", "1", "--start", "1", "--no-shrink"])
     assert done.exit_code == 1
     assert "quorate chaos replay 1 --trace" in done.stderr
@@ -142,19 +142,31 @@ def test_a_broken_promise_exits_1_and_prints_how_to_repeat_it(
     assert again.exit_code == 1 and "BROKEN" in again.stdout
 
 
-def _result(seed: int, trace_hash: str, entries: int) -> SeedResult:
-    numbers = dict.fromkeys(commands.TOTALS, 0) | {"entries": entries}
-    return SeedResult(seed=seed, violation=None, at_seconds=1.0, plan="", trace_hash=trace_hash, **numbers)
+def use(monkeypatch: pytest.MonkeyPatch, play: Callable[..., SeedResult]) -> None:
+    """Have the commands play with this instead of the core engine."""
+    monkeypatch.setattr(commands, "_engine", lambda name: attrs.evolve(CORE, play=play))
+
+
+def broken_run(scenario: Scenario, **options: Any) -> SeedResult:
+    assert isinstance(scenario.plan, Plan)
+    return run_scenario(scenario.plan, scenario.faults, Build(raft=MessagesNotHeld), **options)
+
+
+def _result(seed: int, trace_hash: str, acknowledged: int) -> SeedResult:
+    counts = dict.fromkeys(CORE.totals, 0) | {"elections": 1, "acknowledged": acknowledged}
+    return SeedResult(
+        engine="core", seed=seed, violation=None, at_seconds=1.0, plan="", trace_hash=trace_hash, counts=counts
+    )
 
 
 def test_nothing_committed_is_no_evidence(runner: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chaos.sim.run, "run_seed", lambda seed, **options: _result(seed, "a", 0))
+    use(monkeypatch, lambda scenario, **options: _result(scenario.plan.seed, "a", 0))
     assert runner.invoke(commands.chaos_group, ["sim", "--seeds", "1", "--start", "1"]).exit_code == 3
     assert runner.invoke(commands.chaos_group, ["replay", "1"]).exit_code == 3
 
 
 def test_a_seed_with_two_outcomes_is_the_kits_own_failure(runner: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chaos.sim.run, "run_seed", lambda seed, **options: _result(seed, "a", 5))
+    use(monkeypatch, lambda scenario, **options: _result(scenario.plan.seed, "a", 5))
     monkeypatch.setattr(commands, "_play_again", lambda *arguments: ["b" for _ in arguments[-1]])
     assert runner.invoke(commands.chaos_group, ["sim", "--seeds", "1"]).exit_code == 4
 
