@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from attrs import define
 
-from broker.records import find_property, join_properties
+from broker.records import Facts, find_property, join_properties
 from remoting.bodies import TopicConfig
 from remoting.codes import PERM_READ_WRITE, SCHEDULE_TOPIC
 from remoting.message import UniqKeyGenerator
@@ -52,6 +52,7 @@ class Appender:
     def __init__(self, state: BrokerState) -> None:
         self._state = state
         self._store_host = state.store_host
+        self._facts = state.facts
         config = state.config
         self.suffix = (
             f"CLUSTER\x01{config.cluster}\x02MSG_REGION\x01{config.region_id}\x02"
@@ -61,6 +62,14 @@ class Appender:
         ids = state.env.ids
         self._unique_keys = UniqKeyGenerator(state.store_host[:-4], ids.pid, ids.salt(4))
         self._wall_ms = state.env.clock.wall_ms
+
+    def keyed(self, properties: bytes) -> tuple[bytes, bytes, Facts]:
+        """Properties as `complete` makes them, their UNIQ_KEY, and what they mean."""
+        found = self._facts.keyed(properties)
+        if found is not None:
+            return properties, *found
+        properties, unique, rest = self.complete(properties)
+        return properties, unique, self._facts.of(rest)
 
     def complete(self, properties: bytes) -> tuple[bytes, bytes, bytes]:
         """Properties with a closing 0x02 and a UNIQ_KEY, that key, and the properties without a key made here."""

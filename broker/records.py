@@ -189,20 +189,44 @@ Facts = tuple[int, list[bytes], bool]
 """(tags code, words of KEYS, whether a send with these properties is an ordinary one)."""
 
 
+Shape = tuple[bytes, int, bytes, int, Facts]
+"""A property string around the value of its UNIQ_KEY: (what is before it, its length; what is behind it, minus its
+length; facts). Where both stand, and between them letters and digits only, those are the key, and the facts apply."""
+
+
 class PropertyFacts:
     """What property strings mean, remembered: but for their UNIQ_KEY most messages of a producer have the same ones."""
 
-    __slots__ = ("known", "tag_codes")
+    __slots__ = ("known", "shape", "tag_codes")
     LIMIT: Final = 4_096
     LONGEST_BYTES: Final = 512
 
     def __init__(self) -> None:
         self.known: dict[bytes, Facts] = {}
-        """Looked up in place by the hot paths; on a miss call `learn`."""
         self.tag_codes = TagCodes()
+        self.shape: Shape = (b"none", 1, b"", -1, (0, [], False))
+        """Of the last property string that `keyed` was asked for; the hot paths try it in place, and ask only then."""
 
-    def learn(self, rest: bytes) -> Facts:
+    def keyed(self, properties: bytes) -> tuple[bytes, Facts] | None:
+        """UNIQ_KEY and facts of a property string as clients write it; None where it has no key or no closing 0x02."""
+        found = properties.rfind(b"UNIQ_KEY\x01")
+        value_end = properties.find(b"\x02", found)
+        if found < 0 or value_end < 0 or (found and properties[found - 1] != 2) or properties[-1] != 2:
+            return None
+        value_start = found + 9
+        unique = properties[value_start:value_end]
+        facts = self.of(properties[:found] + properties[value_end + 1 :])
+        if unique.isalnum():
+            before, behind = properties[:value_start], properties[value_end:]
+            self.shape = (before, value_start, behind, -len(behind), facts)
+        return unique, facts
+
+    def of(self, rest: bytes) -> Facts:
         """The facts of a property string (without its UNIQ_KEY, so that it is met again)."""
+        facts = self.known.get(rest)
+        return self._learn(rest) if facts is None else facts
+
+    def _learn(self, rest: bytes) -> Facts:
         tag = find_property(rest, _TAGS)
         words = find_property(rest, _KEYS)
         facts = (

@@ -19,6 +19,7 @@ from broker.records import (
     SYS_BORN_IPV6,
     SYS_STORE_IPV6,
     UNIT,
+    Facts,
     PropertyFacts,
     decode_record,
     find_property,
@@ -147,6 +148,12 @@ class Staging:
 
     # -------------------------------------------------------------------------------------- entries from their bytes
 
+    def _key_and_facts(self, properties: bytes) -> tuple[bytes, Facts]:
+        found = self._facts.keyed(properties)
+        if found is not None:
+            return found
+        return find_property(properties, b"UNIQ_KEY\x01") or b"", self._facts.of(properties)
+
     @staticmethod
     def _records_end(count: int, data: bytes) -> int:
         at = 0
@@ -159,10 +166,7 @@ class Staging:
         """Hot: every record of every follower comes through here. Returns where the records end."""
         pending = self._queues.pending
         by_queue = staged.by_queue
-        known = self._facts.known
-        learn = self._facts.learn
-        find = data.find
-        find_last = data.rfind
+        before, before_bytes, behind, behind_bytes, shape_facts = self._facts.shape
         # Only what clients send is deduplicated; entries with operations hold deliveries, whose keys are in use.
         dedup = self._dedup.current if self._dedup.enabled and self._records_end(count, data) == len(data) else None
         add_dedup_key = staged.dedup_keys.append
@@ -196,16 +200,14 @@ class Staging:
                 )
             queue.next_offset = queue_offset + 1
 
-            found = find_last(b"UNIQ_KEY\x01", start, end)
-            value_end = find(b"\x02", found, end)
-            if found < 0 or value_end < 0 or (found != start and data[found - 1] != 2):
-                rest = data[start:end]
-                unique = find_property(rest, b"UNIQ_KEY\x01")
+            key_start = start + before_bytes
+            key_end = end + behind_bytes
+            unique = data[key_start:key_end]
+            if data[start:key_start] == before and data[key_end:end] == behind and unique.isalnum():
+                tags_code, words, _is_ordinary = shape_facts
             else:
-                unique = data[found + 9 : value_end]
-                rest = data[start:found] + data[value_end + 1 : end]
-            facts = known.get(rest)
-            tags_code, words, _is_ordinary = learn(rest) if facts is None else facts
+                unique, (tags_code, words, _is_ordinary) = self._key_and_facts(data[start:end])
+                before, before_bytes, behind, behind_bytes, shape_facts = self._facts.shape
             if queue.is_schedule:
                 tags_code = DelayProgress.due_ms(queue_id + 1, store_ms)
             if unique:

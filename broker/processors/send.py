@@ -142,17 +142,10 @@ class SendProcessor:
             return
 
         state = self._state
-        found = properties.rfind(b"UNIQ_KEY\x01")
-        value_end = properties.find(b"\x02", found)
-        if found < 0 or value_end < 0 or (found and properties[found - 1] != 2) or properties[-1] != 2:
-            properties, unique, rest = self.appender.complete(properties)
-        else:
-            unique = properties[found + 9 : value_end]
-            # What the properties mean but for the key is the same for most messages of a producer.
-            rest = properties[:found] + properties[value_end + 1 :]
-        facts = self._facts.known.get(rest)
-        if facts is None:
-            facts = self._facts.learn(rest)
+        before, key_start, behind, key_end, facts = self._facts.shape
+        unique = properties[key_start:key_end]
+        if properties[:key_start] != before or properties[key_end:] != behind or not unique.isalnum():
+            properties, unique, facts = self.appender.keyed(properties)
         tags_code, words, is_ordinary = facts
         suffix = self._suffix
         properties_bytes = len(properties) + len(suffix)

@@ -150,22 +150,18 @@ class BatchSender:
         overhead = V1_OVERHEAD_BYTES + topic_bytes + len(self._suffix)
         suffix = self._suffix
         limit = self._config.max_properties_bytes - len(suffix)
-        known = self._facts.known
+        before, key_start, behind, key_end, shape_facts = self._facts.shape
         messages: list[tuple[int, bytes, bytes, bytes, int, Facts]] = []
         for flag, message, properties in iter_batch(body):
-            found = properties.rfind(b"UNIQ_KEY\x01")
-            value_end = properties.find(b"\x02", found)
-            if found < 0 or value_end < 0 or (found and properties[found - 1] != 2) or properties[-1] != 2:
-                properties, unique, rest = self._appender.complete(properties)
+            unique = properties[key_start:key_end]
+            if properties[:key_start] == before and properties[key_end:] == behind and unique.isalnum():
+                facts = shape_facts
             else:
-                unique = properties[found + 9 : value_end]
-                rest = properties[:found] + properties[value_end + 1 :]
-            facts = known.get(rest)
-            if facts is None:
-                facts = self._facts.learn(rest)
+                properties, unique, facts = self._appender.keyed(properties)
+                before, key_start, behind, key_end, shape_facts = self._facts.shape
             if not message or not unique or len(properties) > limit:
                 raise BodyError("a message of the batch is empty, or its properties are too long or broken")
-            if not facts[2] and int_or_zero(find_property(rest, b"DELAY\x01")) > 0:
+            if not facts[2] and int_or_zero(find_property(properties, b"DELAY\x01")) > 0:
                 raise BodyError("messages of a batch cannot be delayed")
             room -= overhead + len(message) + len(properties)
             if room < 0:
