@@ -6,7 +6,7 @@ with preformatted bytes, and every connection is flushed once, at the end of the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, Protocol
 
 from dledger.errors import DiskFull, LedgerError, Overloaded, TooLarge
@@ -64,15 +64,19 @@ class Answerable(Protocol):
 class SendAnswers:
     """Formats the answers to sends: message ids under this node's store host, region and trace fields."""
 
-    __slots__ = ("_default_fields", "_fields", "id_prefix")
+    __slots__ = ("_default_fields", "_fields", "_store_host", "id_prefix")
 
     def __init__(self, store_host: bytes, region_id: str, trace_on: bool) -> None:
+        self._store_host = store_host
         self.id_prefix = store_host.hex().upper()
         self._fields = {"MSG_REGION": region_id, "TRACE_ON": "true" if trace_on else "false"}
         self._default_fields = region_id == DEFAULT_REGION and trace_on
 
-    def message_id(self, physical_offset: int) -> str:
-        return f"{self.id_prefix}{physical_offset:016X}"
+    def message_ids(self, physical_offsets: Iterable[int]) -> str:
+        """Of several messages, with commas between them."""
+        host = self._store_host
+        positions = [offset.to_bytes(8) for offset in physical_offsets]
+        return (host + host.join(positions)).hex(",", len(host) + 8).upper()
 
     def stored(self, opaque: int, message_id: str, queue_id: int, queue_offset: int, unique_key: str) -> bytes:
         """The answer to a stored send. `unique_key` is "" for a batch."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from remoting.errors import BodyError
@@ -49,10 +49,16 @@ _INT = struct.Struct(">i")
 _LONG = struct.Struct(">q")
 _SHORT = struct.Struct(">h")
 _BATCH_HEAD = struct.Struct(">iiiii")
+_unpack_batch_head = struct.Struct(">i8xii").unpack_from
+"""Size, flag, body length: magic and CRC of a batch item are zeros."""
+_unpack_short = _SHORT.unpack_from
 
 # Everything up to the body, both hosts IPv4, in one go.
 _HEAD_V4 = struct.Struct(">IiIiiqqiq8sq8siqi")
 _pack_head_v4 = _HEAD_V4.pack
+# The same with what stands between physical offset and body length in one piece: hosts of 8 or 20 bytes.
+_TEMPLATE_HEADS = {fixed: struct.Struct(f">IiIiiqq{fixed}si") for fixed in (48, 60, 72)}
+_INT_AND_LONG = struct.Struct(">iq")
 _crc32 = zlib.crc32
 _LENGTH_BYTES: Final = tuple(n.to_bytes(1) for n in range(256))
 
@@ -79,6 +85,15 @@ def record_size(
     if store_v6:
         size += 12
     return size
+
+
+def _with_host_bits(sys_flag: int, born_host: bytes, store_host: bytes) -> int:
+    sys_flag &= ~(SYSFLAG_BORN_HOST_V6 | SYSFLAG_STORE_HOST_V6)
+    if len(born_host) == 20:
+        sys_flag |= SYSFLAG_BORN_HOST_V6
+    if len(store_host) == 20:
+        sys_flag |= SYSFLAG_STORE_HOST_V6
+    return sys_flag
 
 
 def encode_record(
@@ -132,11 +147,7 @@ def encode_record(
                 properties,
             )
         )
-    sys_flag &= ~(SYSFLAG_BORN_HOST_V6 | SYSFLAG_STORE_HOST_V6)
-    if len(born_host) == 20:
-        sys_flag |= SYSFLAG_BORN_HOST_V6
-    if len(store_host) == 20:
-        sys_flag |= SYSFLAG_STORE_HOST_V6
+    sys_flag = _with_host_bits(sys_flag, born_host, store_host)
     if topic_length <= TOPIC_LIMIT_V1:
         magic, topic_head = MAGIC_V1, _LENGTH_BYTES[topic_length]
     else:
@@ -160,14 +171,40 @@ def encode_record(
     )
 
 
-encode_stored = encode_record
+class RecordTemplate:
+    """What the records of one batch have in common, encoded once; arguments as for `encode_record`.
 
+    A record is `pack_head(size, magic, body crc, queue id, flag, queue offset, physical offset, fixed, body length)`,
+    the body, `topic`, the length of the properties as an unsigned short, and the properties.
+    """
 
-class RecordEncoder:
-    """The two functions of the send path under one name."""
+    __slots__ = ("fixed", "magic", "pack_head", "topic")
 
-    encode_record = staticmethod(encode_record)
-    record_size = staticmethod(record_size)
+    def __init__(
+        self,
+        sys_flag: int,
+        born_timestamp: int,
+        born_host: bytes,
+        store_timestamp: int,
+        store_host: bytes,
+        reconsume_times: int,
+        topic: bytes,
+    ) -> None:
+        topic_length = len(topic)
+        self.fixed = b"".join(
+            (
+                _INT_AND_LONG.pack(_with_host_bits(sys_flag, born_host, store_host), born_timestamp),
+                born_host,
+                _LONG.pack(store_timestamp),
+                store_host,
+                _INT_AND_LONG.pack(reconsume_times, 0),
+            )
+        )
+        self.pack_head = _TEMPLATE_HEADS[len(self.fixed)].pack
+        if topic_length <= TOPIC_LIMIT_V1:
+            self.magic, self.topic = MAGIC_V1, _LENGTH_BYTES[topic_length] + topic
+        else:
+            self.magic, self.topic = MAGIC_V2, _SHORT.pack(topic_length) + topic
 
 
 def decode_stored(buffer: bytes | memoryview, offset: int = 0, *, check_crc: bool = False) -> MessageExt:
@@ -280,20 +317,17 @@ def iter_batch(body: bytes | memoryview) -> Iterator[tuple[int, bytes, bytes]]:
     end = len(data)
     while position < end:
         try:
-            size, _magic, _crc, flag, body_length = _BATCH_HEAD.unpack_from(data, position)
-            body_end = position + 20 + body_length
-            if body_length < 0 or size < 22 or position + size > end or body_end + 2 > position + size:
+            size, flag, body_length = _unpack_batch_head(data, position)
+            body_start = position + 20
+            properties_start = body_start + body_length + 2
+            next_position = position + size
+            if body_length < 0 or next_position > end or properties_start > next_position:
                 raise BodyError(f"batch item at {position} of {size} bytes does not fit")
-            (properties_length,) = _SHORT.unpack_from(data, body_end)
+            (properties_length,) = _unpack_short(data, properties_start - 2)
         except struct.error as error:
             raise BodyError(f"batch item at {position} is cut short") from error
-        properties_end = body_end + 2 + properties_length
-        if properties_length < 0 or properties_end > position + size:
+        properties_end = properties_start + properties_length
+        if properties_length < 0 or properties_end > next_position:
             raise BodyError(f"properties of the batch item at {position} do not fit")
-        yield flag, data[position + 20 : body_end], data[body_end + 2 : properties_end]
-        position += size
-
-
-def decode_batch(body: bytes | memoryview) -> Sequence[tuple[int, bytes, bytes]]:
-    """All messages of a batch body at once. Raises BodyError."""
-    return list(iter_batch(body))
+        yield flag, data[body_start : properties_start - 2], data[properties_start:properties_end]
+        position = next_position

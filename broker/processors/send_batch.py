@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import zlib
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,6 @@ from broker.records import (
     SYS_MULTI_TAGS,
     SYS_TRANSACTION_MASK,
     UNIT,
-    V1_OVERHEAD_BYTES,
     Facts,
     find_property,
     int_or_zero,
@@ -23,7 +23,7 @@ from remoting.codes import FLAG_ONEWAY, ResponseCode
 from remoting.errors import BodyError
 from remoting.frames import SendHeader
 from remoting.message import host_to_bytes
-from remoting.message_codec import encode_record, iter_batch
+from remoting.message_codec import RecordTemplate, iter_batch, record_size
 
 if TYPE_CHECKING:
     from broker.appender import Appender
@@ -31,7 +31,11 @@ if TYPE_CHECKING:
     from broker.state import BrokerState
 
 _pack_unit = UNIT.pack
+_pack_length = struct.Struct(">H").pack
 _crc32 = zlib.crc32
+
+_Message = tuple[int, bytes, bytes, bytes, int, Facts]
+"""(flag, body, properties with a UNIQ_KEY, that key, body CRC, facts)."""
 
 
 class BatchSender:
@@ -45,7 +49,6 @@ class BatchSender:
         self._answers = state.answers
         self._facts = state.facts
         self._store_host = state.store_host
-        self._straight = len(state.store_host) == 8
         self._appender = appender
         self._suffix = appender.suffix
         self._duplicates = duplicates
@@ -53,79 +56,85 @@ class BatchSender:
 
     def send(self, header: SendHeader, body: bytes, config: TopicConfig, conn: Any) -> None:
         """A client's batch: all of it in one entry, so that it is stored as a whole or not at all."""
+        state = self._state
+        topic = config.topic_name.encode()
+        born_host = host_to_bytes(*conn.peer)
+        store_host = self._store_host
+        suffix = self._suffix
+        overhead_bytes = record_size(
+            0, len(topic), len(suffix), born_v6=len(born_host) != 8, store_v6=len(store_host) != 8
+        )
         try:
-            messages = self._read(body, len(config.topic_name.encode()))
+            messages, total_bytes = self._read(body, overhead_bytes)
         except BodyError as error:
             self._answers.refuse_send(header, conn, ResponseCode.MESSAGE_ILLEGAL, f"the batch is illegal: {error}")
             return
         except TooLarge as error:
             self._answers.fail_send(header, conn, reason_of(error))
             return
-        state = self._state
-        topic = config.topic_name.encode()
         queue_id = header.queue_id if header.queue_id >= 0 else self._rng.randrange(config.write_queue_nums)
+        seed = topic_seed(topic)
         dedup = self._dedup
         if dedup.enabled:
-            key = dedup_key(topic_seed(topic), messages[0][3], messages[0][4])
+            key = dedup_key(seed, messages[0][3], messages[0][4])
             earlier = dedup.find(key)
-            keys = [(message[3], message[4]) for message in messages]
-            if earlier is not None and self._duplicates.is_answered(header, body, conn, topic, keys, key, earlier):
-                return
-        sys_flag = header.sys_flag & ~SYS_TRANSACTION_MASK
-        if config.topic_filter_type == "MULTI_TAG":
-            sys_flag |= SYS_MULTI_TAGS
-        born_host = host_to_bytes(*conn.peer)
-        extra = V1_OVERHEAD_BYTES + len(topic) + (12 if len(born_host) != 8 else 0) + (0 if self._straight else 12)
-        total = sum([len(message[1]) + len(message[2]) + extra for message in messages])
+            if earlier is not None:
+                keys = [(message[3], message[4]) for message in messages]
+                if self._duplicates.is_answered(header, body, conn, topic, keys, key, earlier):
+                    return
         try:
-            physical = self._group.reserve(total)
+            physical = self._group.reserve(total_bytes)
         except (NotLeader, Overloaded, TooLarge) as error:
             self._answers.fail_send(header, conn, reason_of(error))
             return
         staged = state.open_staged(physical)
+        sys_flag = header.sys_flag & ~SYS_TRANSACTION_MASK
+        if config.topic_filter_type == "MULTI_TAG":
+            sys_flag |= SYS_MULTI_TAGS
+        template = RecordTemplate(
+            sys_flag, header.born_timestamp, born_host, staged.store_ms, store_host, header.reconsume_times, topic
+        )
+        pack_head, magic, fixed, topic_part = template.pack_head, template.magic, template.fixed, template.topic
         queue = state.queues.pending_queue(topic, queue_id)
         first_offset = queue_offset = queue.next_offset
-        seed = queue.index_seed
-        store_ms = staged.store_ms
-        reconsumed = header.reconsume_times
-        window = dedup.current if dedup.enabled and not reconsumed else None
+        window = dedup.current if dedup.enabled and not header.reconsume_times else None
         units = staged.by_queue.setdefault(queue, [])
+        hashes = staged.hashes
+        rows = staged.positions
         records: list[bytes] = []
         positions: list[int] = []
         for flag, message, properties, unique, body_crc, (tags_code, words, _is_ordinary) in messages:
-            record = encode_record(
-                queue_id,
-                flag,
-                queue_offset,
-                physical,
-                sys_flag,
-                header.born_timestamp,
-                born_host,
-                store_ms,
-                self._store_host,
-                reconsumed,
-                0,
-                message,
-                topic,
-                properties,
+            body_bytes = len(message)
+            properties_bytes = len(properties)
+            size = overhead_bytes + body_bytes + properties_bytes
+            records.append(
+                b"".join(
+                    (
+                        pack_head(size, magic, body_crc, queue_id, flag, queue_offset, physical, fixed, body_bytes),
+                        message,
+                        topic_part,
+                        _pack_length(properties_bytes + len(suffix)),
+                        properties,
+                        suffix,
+                    )
+                )
             )
             queue_offset += 1
-            units.append(_pack_unit(physical, len(record), tags_code))
+            units.append(_pack_unit(physical, size, tags_code))
             key_hash = _crc32(unique, seed)
-            staged.hashes.append(key_hash)
-            staged.positions.append(physical)
+            hashes.append(key_hash)
+            rows.append(physical)
             for word in words:
-                staged.hashes.append(_crc32(word, seed))
-                staged.positions.append(physical)
+                hashes.append(_crc32(word, seed))
+                rows.append(physical)
             if window is not None:
-                key = key_hash << 31 | body_crc
+                key = key_hash << 31 | body_crc  # dedup_key, in place
                 if key in window:
                     key = dedup.free_key(key)
                 window[key] = physical
                 staged.dedup_keys.append(key)
             positions.append(physical)
-            records.append(record)
-            physical += len(record)
+            physical += size
         queue.next_offset = queue_offset
         staged.count += len(records)
         self._group.add_records(records)
@@ -133,25 +142,24 @@ class BatchSender:
         def stored(ok: bool, reason: str | None) -> None:
             state.touch(conn)
             if ok:
-                message_id = ",".join([self._answers.message_id(position) for position in positions])
-                conn.write(self._answers.stored(header.opaque, message_id, queue_id, first_offset, ""))
+                message_ids = self._answers.message_ids(positions)
+                conn.write(self._answers.stored(header.opaque, message_ids, queue_id, first_offset, ""))
             else:
                 conn.write(self._answers.failed(header.opaque, reason))
 
         if not header.flag & FLAG_ONEWAY:
             staged.callbacks.append(stored)
 
-    def _read(self, body: bytes, topic_bytes: int) -> list[tuple[int, bytes, bytes, bytes, int, Facts]]:
-        """(flag, body, properties as stored, UNIQ_KEY, body CRC, facts) of each message.
+    def _read(self, body: bytes, overhead_bytes: int) -> tuple[list[_Message], int]:
+        """Every message, and the bytes of all their records; one has `overhead_bytes` besides body and properties.
 
         Raises BodyError, or TooLarge as soon as that is clear: 4 MiB of the smallest messages are 180,000 of them.
         """
         room = self._config.group.entry_bytes_max
-        overhead = V1_OVERHEAD_BYTES + topic_bytes + len(self._suffix)
-        suffix = self._suffix
-        limit = self._config.max_properties_bytes - len(suffix)
+        total_bytes = 0
+        limit = self._config.max_properties_bytes - len(self._suffix)
         before, key_start, behind, key_end, shape_facts = self._facts.shape
-        messages: list[tuple[int, bytes, bytes, bytes, int, Facts]] = []
+        messages: list[_Message] = []
         for flag, message, properties in iter_batch(body):
             unique = properties[key_start:key_end]
             if properties[:key_start] == before and properties[key_end:] == behind and unique.isalnum():
@@ -163,8 +171,8 @@ class BatchSender:
                 raise BodyError("a message of the batch is empty, or its properties are too long or broken")
             if not facts[2] and int_or_zero(find_property(properties, b"DELAY\x01")) > 0:
                 raise BodyError("messages of a batch cannot be delayed")
-            room -= overhead + len(message) + len(properties)
-            if room < 0:
+            total_bytes += overhead_bytes + len(message) + len(properties)
+            if total_bytes > room:
                 raise TooLarge("the stored form of the batch is larger than an entry may be")
-            messages.append((flag, message, properties + suffix, unique, _crc32(message) & 0x7FFFFFFF, facts))
-        return messages
+            messages.append((flag, message, properties, unique, _crc32(message) & 0x7FFFFFFF, facts))
+        return messages, total_bytes

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from benchmarks import generator, wire
-from remoting.message_codec import decode_batch
+from remoting.message_codec import iter_batch
 
 
 def ring(**changed):
@@ -67,7 +67,7 @@ def test_a_batch_holds_messages_with_keys_of_their_own():
     begin, end = made.take(2)
     keys = []
     for frame in frames_of(made.view[begin:end]):
-        messages = decode_batch(frame[4 + int.from_bytes(frame[1:4], "big") :])
+        messages = list(iter_batch(frame[4 + int.from_bytes(frame[1:4], "big") :]))
         assert [len(body) for _, body, _ in messages] == [100] * 32
         keys += [bytes(properties) for _, _, properties in messages]
     assert len(set(keys)) == 64

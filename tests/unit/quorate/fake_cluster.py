@@ -32,7 +32,7 @@ from remoting.command import Command, encode_response
 from remoting.connection import Connection
 from remoting.frames import Frame, decode_frame, decode_pull, decode_send_v2
 from remoting.message import host_to_bytes, offset_msg_id, property_of, string_to_properties, tags_code
-from remoting.message_codec import decode_batch, decode_stored, encode_record
+from remoting.message_codec import decode_stored, encode_record, iter_batch
 from remoting.server import serve
 from runtime.logs import get_logger
 from runtime.model import Env
@@ -182,7 +182,7 @@ class Node:
         unique = property_of(header.properties, "UNIQ_KEY") or ""
         again = self.state.seen.get((header.topic, unique))
         if header.code == 320:
-            items = decode_batch(frame[2])
+            items = list(iter_batch(frame[2]))
             unique = property_of(items[0][2].decode(), "UNIQ_KEY") or ""
             again = self.state.seen.get((header.topic, unique))
             if again is None:

@@ -37,12 +37,14 @@ from remoting.message import (
     unique_key_time_ms,
 )
 from remoting.message_codec import (
-    decode_batch,
+    RecordTemplate,
+    body_crc,
     decode_stored,
     decode_stored_many,
     encode_batch,
     encode_batch_item,
     encode_record,
+    iter_batch,
     record_size,
 )
 
@@ -458,9 +460,29 @@ def test_records_round_trip(
             decode_stored(record[:cut])
 
 
+@given(
+    hosts,
+    hosts,
+    st.binary(max_size=40),
+    st.integers(1, 200).map(lambda length: b"t" * length),
+    st.binary(max_size=40),
+    st.integers(0, 2**31 - 1),
+)
+def test_a_template_makes_the_same_records(
+    born: bytes, store: bytes, body: bytes, topic: bytes, properties: bytes, sys_flag: int
+) -> None:
+    size = record_size(len(body), len(topic), len(properties), born_v6=len(born) == 20, store_v6=len(store) == 20)
+    template = RecordTemplate(sys_flag, 1_700_000_000_123, born, 1_700_000_000_456, store, 7, topic)
+    head = template.pack_head(size, template.magic, body_crc(body), 3, 5, 11, 13, template.fixed, len(body))
+    record = b"".join((head, body, template.topic, len(properties).to_bytes(2), properties))
+    assert record == encode_record(
+        3, 5, 11, 13, sys_flag, 1_700_000_000_123, born, 1_700_000_000_456, store, 7, 0, body, topic, properties
+    )
+
+
 @given(st.binary(max_size=300))
 def test_garbage_is_no_message_and_no_batch(garbage: bytes) -> None:
-    for read in (decode_stored, decode_batch):
+    for read in (decode_stored, lambda data: list(iter_batch(data))):
         try:
             read(garbage)
         except BodyError:
@@ -484,13 +506,11 @@ def test_damaged_body_is_noticed() -> None:
 @given(st.lists(st.tuples(int32, st.binary(max_size=50), st.dictionaries(clean, clean, max_size=3)), max_size=6))
 def test_batches_round_trip(items: list[tuple[int, bytes, dict[str, str]]]) -> None:
     body = encode_batch(Message(topic="t", body=body, flag=flag, properties=props) for flag, body, props in items)
-    decoded = [
-        (flag, part, string_to_properties(props.decode())) for flag, part, props in decode_batch(memoryview(body))
-    ]
+    decoded = [(flag, part, string_to_properties(props.decode())) for flag, part, props in iter_batch(memoryview(body))]
     assert decoded == items
     if body:
         with pytest.raises(BodyError):
-            decode_batch(body[:-1])
+            list(iter_batch(body[:-1]))
 
 
 def test_batch_item_with_too_long_properties() -> None:

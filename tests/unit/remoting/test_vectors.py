@@ -35,11 +35,11 @@ from remoting.message_codec import (
     MAGIC_V1,
     MAGIC_V2,
     body_crc,
-    decode_batch,
     decode_stored,
     decode_stored_many,
     encode_batch_item,
     encode_record,
+    iter_batch,
     record_size,
 )
 
@@ -410,7 +410,7 @@ def test_consume_queue_unit_holds_the_tag_code() -> None:
 
 
 def test_batch_body_and_its_stored_form() -> None:
-    items = decode_batch(bytes.fromhex(BATCH["batch_body_hex"]))
+    items = list(iter_batch(bytes.fromhex(BATCH["batch_body_hex"])))
     assert len(items) == len(BATCH["messages"])
     for (flag, body, properties), vector in zip(items, BATCH["messages"], strict=True):
         assert (flag, body.decode()) == (vector["flag"], vector["body"])
