@@ -76,10 +76,29 @@ class Histogram:
         return Distribution(BOUNDS, tuple(self._counts), self._total, self._maximum)
 
 
+COUNTERS = (
+    "elections",
+    "elections_won",
+    "role_changes",
+    "cuts",
+    "entries_proposed",
+    "records_proposed",
+    "entries_applied",
+    "syncs",
+    "orphaned",
+    "entries_dropped",
+    "messages_dropped",
+    "app_dropped",
+    "damage_found",
+    "writes_in_thread",
+)
+
+
 class Measures:
     """What one run of a group counts (raft.md 4.16)."""
 
     def __init__(self) -> None:
+        self.counters = dict.fromkeys(COUNTERS, 0)
         self.write = Histogram()
         """From handing entries to the page cache to its answer; of every eighth turn."""
         self.fsync = Histogram()

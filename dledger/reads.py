@@ -1,4 +1,4 @@
-"""Linearizable reads that wait for the leader's confirmation, and proposals of our own whose outcome somebody awaits.
+"""Linearizable reads that wait for the leader's confirmation.
 
 All reads of one turn share a token of the core, and so one round of replies (raft.md 4.8).
 """
@@ -80,28 +80,3 @@ class Reads:
         self._confirmed.clear()
         self._refused.extend((reason, waiting) for waiting in everything if waiting)
         self.answer(0)
-
-
-class Outcomes:
-    """Entries of our own whose commit somebody waits for."""
-
-    def __init__(self) -> None:
-        self._awaited: deque[tuple[int, Told]] = deque()
-
-    def __bool__(self) -> bool:
-        return bool(self._awaited)
-
-    def expect(self, index: int, told: Told) -> None:
-        """Entry `index`, behind all that is expected already."""
-        self._awaited.append((index, told))
-
-    def applied(self, applied_index: int) -> None:
-        awaited = self._awaited
-        while awaited and awaited[0][0] <= applied_index:
-            awaited.popleft()[1](None)
-
-    def lost(self, reason: str) -> None:
-        """This node does not lead any more: how it ends is unknown here."""
-        awaited, self._awaited = self._awaited, deque()
-        for _, told in awaited:
-            told(reason)

@@ -296,7 +296,7 @@ async def test_nodes_of_both_protocols_form_one_group(tmp_path: Path, monkeypatc
         versions = (1, 2) if config.node_id == "n0" else (1, 1)
         return Peers(env, config, *args, **settings, versions=versions)
 
-    monkeypatch.setattr("dledger.group.Peers", make)
+    monkeypatch.setattr("dledger.lifecycle.Peers", make)
     async with trio.open_nursery() as nursery:
         toy = ToyCluster(toy_env(tmp_path), tmp_path, nursery, 3, secret=b"shared")
         await toy.start()

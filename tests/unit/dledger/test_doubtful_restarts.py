@@ -191,6 +191,6 @@ async def test_news_behind_the_end_of_a_run_change_nothing(tmp_path: Path) -> No
         assert (driver.turns, node.machine.turns, node.machine.messages) == (before, turns, [])
         told: list[str | None] = []
         driver.read_index(told.append)
-        driver.transfer(None, told.append)
-        driver.change_members(Remove("n2"), told.append)
+        driver.leadership.transfer(None, told.append)
+        driver.leadership.change_members(Remove("n2"), told.append)
         assert told == ["this node stops"] * 3, "at once: there is no other turn in which to tell them"

@@ -15,11 +15,12 @@ import pytest
 import trio
 from attrs import evolve
 
-from dledger import driver as driver_module
+from dledger import flusher
 from dledger.core.membership import AddLearner, Change, Promote, Remove
 from dledger.core.types import Role
 from dledger.driver import APP_MESSAGES_MAX, INBOX_MAX, Driver
 from dledger.errors import LogDamaged, Overloaded, Reopen
+from dledger.store.meta import MetaFile
 from runtime.files import RealFile, RealFiles
 from runtime.testing import wait_until
 from tests.unit.dledger.dledger_toy import Node, ToyCluster, toy_env
@@ -40,6 +41,10 @@ def driver_of(node: Node) -> Driver:
     driver = node.running._driver
     assert driver is not None
     return driver
+
+
+def meta_of(driver: Driver) -> MetaFile:
+    return driver._hard_state._meta
 
 
 def others(toy: ToyCluster, node: Node) -> list[Node]:
@@ -63,7 +68,7 @@ class Answer:
 
 async def change(toy: ToyCluster, wanted: Change) -> str | None:
     answer = Answer()
-    driver_of(await toy.leader()).change_members(wanted, answer)
+    driver_of(await toy.leader()).leadership.change_members(wanted, answer)
     return await answer.wait()
 
 
@@ -117,9 +122,9 @@ async def test_a_read_waits_until_its_index_is_applied(tmp_path: Path) -> None:
 
         def told(reason: str | None) -> None:
             assert reason is None
-            seen.append(driver.applied_index)
+            seen.append(driver.applier.applied_index)
 
-        await wait_until(lambda: driver.applied_index >= expected, what="the second record")
+        await wait_until(lambda: driver.applier.applied_index >= expected, what="the second record")
         driver.read_index(told)
         await wait_until(lambda: seen, what="the confirmation")
         assert seen[0] >= expected and leader.machine.applied[-1].startswith(b"two")
@@ -160,11 +165,11 @@ async def test_changes_that_make_no_sense_are_refused_with_a_reason(tmp_path: Pa
         assert await change(toy, Promote("n9")) == "n9 is not a learner; a node joins as one first"
         assert await change(toy, AddLearner("n1", ("127.0.0.1", 1))) == "n1 is already a member"
         answer = Answer()
-        driver_of(others(toy, leader)[0]).change_members(Remove("n0"), answer)
+        driver_of(others(toy, leader)[0]).leadership.change_members(Remove("n0"), answer)
         assert await answer.wait() == f"not leader; leader={leader.node_id}"
         both = [Answer(), Answer()]
         for answer, node in zip(both, others(toy, leader), strict=True):
-            driver_of(leader).change_members(Remove(node.node_id), answer)
+            driver_of(leader).leadership.change_members(Remove(node.node_id), answer)
         assert await both[0].wait() is None
         reason = await both[1].wait()
         assert reason is not None and "not committed" in reason
@@ -179,7 +184,7 @@ async def test_records_around_a_change_keep_their_positions(tmp_path: Path) -> N
         answer = Answer()
         gone = others(toy, leader)[0].node_id
         leader.machine.put(leader.running, b"before", outcomes.append)
-        driver_of(leader).change_members(Remove(gone), answer)
+        driver_of(leader).leadership.change_members(Remove(gone), answer)
         leader.machine.put(leader.running, b"with", outcomes.append)
         assert await answer.wait() is None
         offset = leader.machine.put(leader.running, b"behind", outcomes.append)
@@ -198,18 +203,18 @@ async def test_a_transfer_tells_how_it_ended(tmp_path: Path) -> None:
         leader = await toy.leader()
         target = others(toy, leader)[0]
         unknown = Answer()
-        driver_of(leader).transfer("n9", unknown)
+        driver_of(leader).leadership.transfer("n9", unknown)
         assert (await unknown.wait() or "").startswith("n9 is not another")
         assert leader.running.is_ready_leader
         done, second = Answer(), Answer()
-        driver_of(leader).transfer(target.node_id, done)
+        driver_of(leader).leadership.transfer(target.node_id, done)
         driver_of(leader).turn()
-        driver_of(leader).transfer(others(toy, leader)[1].node_id, second)
+        driver_of(leader).leadership.transfer(others(toy, leader)[1].node_id, second)
         assert await second.wait() == "a transfer is under way already"
         assert await done.wait() is None
         await wait_until(lambda: target.running.is_ready_leader, what="the target to lead")
         late = Answer()
-        driver_of(leader).transfer(None, late)
+        driver_of(leader).leadership.transfer(None, late)
         reason = await late.wait()
         assert reason is not None and reason.startswith("not leader")
 
@@ -235,7 +240,7 @@ async def test_an_operator_may_accept_what_a_power_loss_took(tmp_path: Path) -> 
             driver_of(toy.nodes[name]).accept_loss()
         await toy.put(b"two")
         driver = driver_of(toy.nodes["n0"])
-        await wait_until(lambda: not driver._meta.saved.recovering, what="the flag to be saved")
+        await wait_until(lambda: not meta_of(driver).saved.recovering, what="the flag to be saved")
 
 
 # Disks that stall
@@ -396,7 +401,7 @@ async def test_a_write_that_finds_no_room_is_made_up_for_without_a_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = Disk(monkeypatch)
-    monkeypatch.setattr(driver_module, "DISK_FULL_RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(flusher, "DISK_FULL_RETRY_SECONDS", 0.05)
     async with cluster(tmp_path) as toy:
         await toy.put(b"one")
         old = await toy.leader()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -11,12 +12,14 @@ from attrs import define
 
 from dledger.config import GroupConfig
 from dledger.core.messages import PreVoteReply
+from dledger.core.raft import Raft
 from dledger.core.types import HEADER_BYTES, Entry, EntryType, frame_entry, next_position
 from dledger.disk_watch import CUT, LOG_SYNC, LOG_WRITE, DiskWatch
 from dledger.errors import LogDamaged
 from dledger.feed import RUNS_MAX, LogFeed
 from dledger.measures import BOUNDS, Histogram, Measures
-from dledger.reads import READS_WAITING_MAX, Outcomes, Reads
+from dledger.own_entries import OLD_PEER, OwnEntries
+from dledger.reads import READS_WAITING_MAX, Reads
 from dledger.store.log_store import LogStore
 from runtime.logs import get_logger
 from runtime.model import Env
@@ -92,16 +95,31 @@ def test_a_stop_refuses_reads_wherever_they_are() -> None:
     assert confirmed.answers == ["this node stops"]
 
 
-def test_outcomes_are_told_in_order_once() -> None:
-    outcomes = Outcomes()
-    one, two = Told(), Told()
-    outcomes.expect(3, one)
-    outcomes.expect(5, two)
-    outcomes.applied(4)
-    assert one.answers == [None] and two.answers == [] and outcomes
-    outcomes.lost("lost")
-    outcomes.applied(9)
-    assert two.answers == ["lost"] and not outcomes
+def test_outcomes_of_own_entries_are_told_in_order_once() -> None:
+    log = SimpleNamespace(last_index=2, position_end=0, last_head_crc=0)
+    own = OwnEntries(cast(LogStore, log), cast(Raft, SimpleNamespace(term=1, commit_index=2)), 65_536)
+    indexes: list[int] = []
+
+    def propose(entry: Entry) -> str | None:
+        if len(indexes) == 2:
+            return "no more"
+        log.last_index += 1
+        indexes.append(entry.index)
+        return None
+
+    one, two, three, old = Told(), Told(), Told(), Told()
+    for told in (one, two, three):
+        own.ask(EntryType.TRIM, lambda: b"body", told)
+    own.log(2, propose)
+    assert indexes == [3, 4] and not own.asked and three.answers == ["no more"]
+    own.applied(3)
+    assert one.answers == [None] and two.answers == []
+    own.lost("lost")
+    own.applied(9)
+    assert two.answers == ["lost"] and one.answers == [None]
+    own.ask(EntryType.TRIM, lambda: b"body", old)
+    own.log(1, propose)
+    assert indexes == [3, 4] and old.answers == [OLD_PEER]
 
 
 # The disk's watch

@@ -15,20 +15,22 @@ from dledger.core import effects as fx
 from dledger.core.events import Event, Propose
 from dledger.core.types import HEADER_BYTES, Entry, EntryType, frame_entry
 from dledger.disk_watch import Usage
-from dledger.driver import Driver, Replay, Staged
+from dledger.driver import Driver
 from dledger.errors import DiskFull, FormatError, LogDamaged, NotLeader, Overloaded
 from dledger.feed import LogFeed
-from dledger.group import RaftGroup
-from dledger.machine import EntryView
-from dledger.open_batch import BATCH_BYTES_MAX, BATCH_RECORDS_MAX, OpenBatch
+from dledger.identity import identify
+from dledger.lifecycle import LifeCycle
+from dledger.open_batch import BATCH_BYTES_MAX, BATCH_RECORDS_MAX, OpenBatch, Proposal
+from dledger.replay import Replay
 from dledger.retention import Retention, encode_trim
+from dledger.store.format import Format
 from dledger.store.log_store import LogStore
 from dledger.store.manifest import SegmentInfo
 from dledger.store.meta import Meta, MetaFile
 from runtime.logs import get_logger
 from runtime.testing import test_env, wait_until
 from tests.unit.dledger.dledger_toy import Node, ToyMachine, toy_env
-from tests.unit.dledger.test_driver import cluster, driver_of
+from tests.unit.dledger.test_driver import cluster, driver_of, meta_of
 from tests.unit.dledger.test_driver_parts import OldLog
 
 SEGMENT = 65_536
@@ -72,11 +74,11 @@ async def test_a_refused_proposal_is_discarded_and_the_next_one_is_taken(tmp_pat
 async def test_an_entry_is_orphaned_once(tmp_path: Path) -> None:
     async with cluster(tmp_path, 1) as toy:
         _, driver = await alone(toy)
-        driver.waiting_records = 1
-        each = Staged(data_entry(9), ([], b"", []), True, 0.0)
-        driver._orphan(each)
-        driver._orphan(each)
-        assert driver.waiting_records == 0 and driver.counters["orphaned"] == 1
+        driver.applier.proposed([Proposal(data_entry(9), ([], b"", []))], 0.0)
+        assert driver.applier.waiting_records == 1
+        driver.applier.orphan_all()
+        driver.applier.orphan_all()
+        assert driver.applier.waiting_records == 0 and driver.counters["orphaned"] == 1
 
 
 async def test_lost_leadership_tells_who_waits_that_the_outcome_is_unknown(tmp_path: Path) -> None:
@@ -98,7 +100,7 @@ async def test_lost_leadership_tells_who_waits_that_the_outcome_is_unknown(tmp_p
 async def test_4_2_a_leader_leads_with_its_term_and_vote_saved(tmp_path: Path) -> None:
     async with cluster(tmp_path, 1) as toy:
         _, driver = await alone(toy)
-        assert (driver._meta.saved.term, driver._meta.saved.vote) == (driver.term, "n0")
+        assert (meta_of(driver).saved.term, meta_of(driver).saved.vote) == (driver.term, "n0")
 
 
 async def test_4_6_the_durable_mark_follows_the_sync(tmp_path: Path) -> None:
@@ -106,24 +108,27 @@ async def test_4_6_the_durable_mark_follows_the_sync(tmp_path: Path) -> None:
         _, driver = await alone(toy)
         await toy.put(b"one")
         last = driver.store.last_index
-        await wait_until(lambda: driver._meta.saved.durable_index >= last, what="the mark")
+        await wait_until(lambda: meta_of(driver).saved.durable_index >= last, what="the mark")
 
 
 async def test_4_2_a_confirmed_node_does_not_recover_at_its_next_start(tmp_path: Path) -> None:
     async with cluster(tmp_path, 1) as toy:
         _, driver = await alone(toy)
-        await driver._meta.save_recovering(True)
+        await meta_of(driver).save_recovering(True)
         driver._perform([fx.Recovered(1)])
-        await wait_until(lambda: not driver._meta.saved.recovering, what="the flag to go")
+        await wait_until(lambda: not meta_of(driver).saved.recovering, what="the flag to go")
 
 
 async def test_4_2_a_clean_stop_is_marked(tmp_path: Path) -> None:
     """Such a node need not recover first when the machine has booted since."""
     async with cluster(tmp_path, 1) as toy:
         node, driver = await alone(toy)
-        assert not driver._meta.saved.clean
+        assert not meta_of(driver).saved.clean
         await node.stop()
-        assert driver._meta.saved.clean and driver._meta.saved.durable_index == driver.store.last_index
+        assert (
+            meta_of(driver).saved.clean
+            and meta_of(driver).saved.durable_index == driver.store.last_index
+        )
 
 
 async def test_4_6_a_damaged_log_of_one_is_not_served(tmp_path: Path) -> None:
@@ -155,25 +160,38 @@ async def test_4_6_a_damaged_log_is_mended_before_it_is_served(tmp_path: Path, m
         return SimpleNamespace(abandon=lambda: done.append("closed")), SimpleNamespace(faults=faults)
 
     peers = {"n0": ("127.0.0.1", 1), "n1": ("127.0.0.1", 2)}
-    group = a_group(tmp_path, format_if_empty=True, peers=peers)
-    identity = group._identify()
-    monkeypatch.setattr("dledger.group.LogStore.open", opened)
-    monkeypatch.setattr(group, "_mend", noting("mended"))
-    monkeypatch.setattr(group, "_serve", noting("served"))
+    config = a_config(tmp_path, format_if_empty=True, peers=peers)
+    identity = identified(tmp_path, config)
+    life = LifeCycle(
+        test_env(tmp_path),
+        config,
+        ToyMachine(),
+        get_logger("test"),
+        OpenBatch(),
+        listener=None,
+        serving=lambda driver: None,
+        before_reopen=trio.lowlevel.checkpoint,
+    )
+    monkeypatch.setattr("dledger.lifecycle.LogStore.open", opened)
+    monkeypatch.setattr(life, "_mend", noting("mended"))
+    monkeypatch.setattr(life, "_serve", noting("served"))
     for _ in range(2):
-        await group._run_once(cast(Any, SimpleNamespace(saved=Meta())), identity, trio.TASK_STATUS_IGNORED)
+        await life._run_once(cast(Any, SimpleNamespace(saved=Meta())), identity, trio.TASK_STATUS_IGNORED)
     assert done == ["mended", "closed", "served", "closed"]
 
 
-def a_group(folder: Path, **settings: Any) -> RaftGroup:
+def a_config(folder: Path, **settings: Any) -> GroupConfig:
     peers = settings.pop("peers", {"n0": ("127.0.0.1", 1)})
-    config = GroupConfig(cluster="c", group="g", node_id="n0", peers=peers, data_dir=str(folder), **settings)
-    return RaftGroup(test_env(folder), config, ToyMachine(), get_logger("test"))
+    return GroupConfig(cluster="c", group="g", node_id="n0", peers=peers, data_dir=str(folder), **settings)
+
+
+def identified(folder: Path, config: GroupConfig) -> Format:
+    return identify(test_env(folder), config, get_logger("test"))
 
 
 async def test_4_6_a_folder_is_formatted_only_when_asked_for(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="not formatted"):
-        a_group(tmp_path)._identify()
+        identified(tmp_path, a_config(tmp_path))
     assert toy_env(tmp_path).files.listdir(str(tmp_path)) == []
 
 
@@ -182,14 +200,13 @@ async def test_4_6_a_log_without_a_format_is_not_touched(tmp_path: Path) -> None
     (tmp_path / "log" / ("0" * 20)).write_bytes(b"somebody's log")
     for settings in ({"format_if_empty": True}, {"join": True}):
         with pytest.raises(FormatError, match="refusing to touch it"):
-            a_group(tmp_path, **settings)._identify()
+            identified(tmp_path, a_config(tmp_path, **settings))
     assert toy_env(tmp_path).files.listdir(str(tmp_path)) == ["log"]
 
 
 async def test_scenario_23_a_blank_folder_recovers_from_its_first_moment_on(tmp_path: Path) -> None:
-    group = a_group(tmp_path, join=True)
-    identity = group._identify()
-    meta = MetaFile.open(group._env.files, str(tmp_path), identity)
+    identity = identified(tmp_path, a_config(tmp_path, join=True))
+    meta = MetaFile.open(test_env(tmp_path).files, str(tmp_path), identity)
     assert meta.saved.recovering
     meta.close()
 
@@ -200,14 +217,14 @@ async def test_scenario_23_a_blank_folder_recovers_from_its_first_moment_on(tmp_
 async def test_4_11_room_for_proposals_is_bounded(tmp_path: Path) -> None:
     async with cluster(tmp_path, 1) as toy:
         leader, driver = await alone(toy)
-        assert driver._check_room() is None
+        assert driver.leadership.check_room() is None
         end = driver.batch.log_end
-        driver.batch.log_end = driver.committed_position + toy.config("n0").uncommitted_bytes_max + 1
-        assert "bytes" in str(driver._check_room())
+        driver.batch.log_end = driver.applier.committed_position + toy.config("n0").uncommitted_bytes_max + 1
+        assert "bytes" in str(driver.leadership.check_room())
         driver.batch.log_end = end
-        driver.waiting_records = toy.config("n0").waiting_records_max + 1
-        assert "messages" in str(driver._check_room())
-        driver.waiting_records = 0
+        driver.applier.waiting_records = toy.config("n0").waiting_records_max + 1
+        assert "messages" in str(driver.leadership.check_room())
+        driver.applier.waiting_records = 0
         driver.disk.is_full = True
         with pytest.raises(DiskFull, match="full"):
             leader.running.reserve(32)
@@ -279,22 +296,20 @@ async def test_6_1_nothing_behind_the_commit_index_is_applied(tmp_path: Path) ->
         leader, driver = await alone(toy)
         last = driver.store.last_index
         driver.store.end_of = lambda index: 0  # type: ignore[method-assign]
-        for index in (last + 1, last + 2):
-            entry = data_entry(index)
-            driver._staged.append(Staged(entry, leader.machine.stage(EntryView(entry)), False, 0.0))
-        driver._commit_index = last + 1
-        driver._apply()
+        driver.applier.stage([data_entry(last + 1), data_entry(last + 2)])
+        driver.applier.commit_index = last + 1
+        assert not driver.applier.apply()
         assert [index for index, _, _ in leader.machine.entries] == [last + 1]
-        assert driver.applied_index == last + 1 and len(driver._staged) == 1
+        assert driver.applier.applied_index == last + 1 and len(leader.machine.pending) == 1
 
 
 def test_4_9_a_trim_that_is_not_known_to_be_committed_waits() -> None:
     machine = ToyMachine()
-    replay = Replay(machine, SEGMENT)
-    replay.show(trim_entry(5, 2 * SEGMENT), 4)
-    assert machine.trims == [] and [entry.index for entry in replay.trims] == [5]
-    replay.show(trim_entry(6, 3 * SEGMENT), 6)
-    assert machine.trims == [3 * SEGMENT] and replay.trimmed_position == 3 * SEGMENT
+    replay = Replay(machine, SEGMENT, 5, 0)
+    replay.show(trim_entry(5, 2 * SEGMENT))
+    assert machine.trims == [2 * SEGMENT] and replay.trimmed_position == 2 * SEGMENT
+    replay.show(trim_entry(6, 3 * SEGMENT))
+    assert machine.trims == [2 * SEGMENT] and [entry.index for entry in replay.trims] == [6]
 
 
 async def test_a_cut_takes_a_trim_back(tmp_path: Path) -> None:
@@ -305,11 +320,11 @@ async def test_a_cut_takes_a_trim_back(tmp_path: Path) -> None:
             return
 
         driver.store.cut = cut  # type: ignore[method-assign]
-        driver._trims.extend([trim_entry(50, SEGMENT), trim_entry(51, SEGMENT), trim_entry(52, SEGMENT)])
+        driver.applier.stage([trim_entry(index, SEGMENT) for index in (50, 51, 52)])
         driver._cut = (51, ())
         await driver._perform_cut()
-        assert [entry.index for entry in driver._trims] == [50]
-        driver._trims.clear()
+        assert [entry.index for entry in driver.applier._trims] == [50]
+        driver.applier.cut(50)
 
 
 async def test_what_is_being_read_while_the_log_is_cut_is_not_fed() -> None:

@@ -126,8 +126,8 @@ async def test_node_below_the_first_index_is_filled_killed_half_way_and_goes_on(
         await node.start()
         await wait_until(
             lambda: (
-                node.running._installer is not None
-                and 0 < node.running._installer.missing_bytes < node.running._installer.total_bytes
+                node.running._life.installer is not None
+                and 0 < node.running._life.installer.missing_bytes < node.running._life.installer.total_bytes
             ),
             limit=10,
             what="half of the transfer",
@@ -207,8 +207,8 @@ async def test_segments_that_a_node_has_already_are_not_fetched_again(
         async def watch() -> None:
             nonlocal received
             while True:
-                if node.group is not None and node.group._installer is not None:
-                    received = max(received, node.group._installer._client.bytes_received)
+                if node.group is not None and node.group._life.installer is not None:
+                    received = max(received, node.group._life.installer._client.bytes_received)
                 await trio.lowlevel.checkpoint()
 
         toy.nursery.start_soon(watch)
