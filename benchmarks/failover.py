@@ -20,11 +20,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import trio
 from attrs import define, field, frozen
@@ -176,31 +176,33 @@ async def prepare(client: quorate.Client) -> None:
             await trio.sleep(0.05)
 
 
-@contextmanager
-def _over(load: Load) -> Iterator[Load]:
-    try:
-        yield load
-    finally:
-        load.is_over = True
+@asynccontextmanager
+async def loaded(namesrv: str, timeout: float) -> AsyncIterator[tuple[quorate.Client, Load]]:
+    """A client whose senders send for the length of the block, each send within `timeout` seconds."""
+    load = Load()
+    async with quorate.connect(namesrv) as client:
+        await prepare(client)
+        async with trio.open_nursery() as nursery:
+            for number in range(SENDERS):
+                nursery.start_soon(load.send, client, number, timeout)
+            try:
+                yield client, load
+            finally:
+                load.is_over = True
 
 
 async def kill_leaders(folder: UpFolder, namesrv: str, kills: int, rng: random.Random) -> dict[str, Any]:
     """SIGKILL the leader again and again; seconds to the first acknowledgement by another node, each time."""
     seconds: list[float] = []
-    async with quorate.connect(namesrv) as client:
-        await prepare(client)
-        async with trio.open_nursery() as nursery:
-            with _over(Load()) as load:
-                for number in range(SENDERS):
-                    nursery.start_soon(load.send, client, number, SEND_WITHIN_S)
-                for _ in range(kills):
-                    leader = await await_whole(folder, client)
-                    await trio.sleep(0.3 + rng.random() * 0.5)
-                    assert leader.pid is not None
-                    os.kill(leader.pid, signal.SIGKILL)
-                    seconds.append(await _first_ack(load, time.monotonic(), leader.address))
-                await await_whole(folder, client)
-        return {"seconds": seconds, "acknowledged": len(load.acknowledged), "failed_sends": len(load.failed)}
+    async with loaded(namesrv, SEND_WITHIN_S) as (client, load):
+        for _ in range(kills):
+            leader = await await_whole(folder, client)
+            await trio.sleep(0.3 + rng.random() * 0.5)
+            assert leader.pid is not None
+            os.kill(leader.pid, signal.SIGKILL)
+            seconds.append(await _first_ack(load, time.monotonic(), leader.address))
+        await await_whole(folder, client)
+    return {"seconds": seconds, "acknowledged": len(load.acknowledged), "failed_sends": len(load.failed)}
 
 
 @define
@@ -236,65 +238,55 @@ async def freeze_leaders(folder: UpFolder, namesrv: str, freezes: int, rng: rand
     seconds: list[float] = []
     late = 0
     wrong: list[str] = []
-    async with quorate.connect(namesrv) as client:
-        await prepare(client)
-        async with trio.open_nursery() as nursery:
-            with _over(Load()) as load:
-                for number in range(SENDERS):
-                    nursery.start_soon(load.send, client, number, SEND_WITHIN_S)
-                for _ in range(freezes):
-                    leader = await await_whole(folder, client)
-                    over = threading.Event()
-                    stuck = [_Stuck(leader.address, number, over) for number in range(STUCK_SENDERS)]
-                    async with trio.open_nursery() as stuck_nursery:
-                        for each in stuck:
-                            stuck_nursery.start_soon(trio.to_thread.run_sync, each.run)
-                        await trio.sleep(0.3 + rng.random() * 0.5)
-                        assert leader.pid is not None
-                        os.kill(leader.pid, signal.SIGSTOP)
-                        try:
-                            seconds.append(await _first_ack(load, time.monotonic(), leader.address))
-                            await trio.sleep(0.5)
-                        finally:
-                            woken_at = time.monotonic()
-                            os.kill(leader.pid, signal.SIGCONT)
-                        await trio.sleep(1.5)
-                        over.set()
-                    new_leader = await await_whole(folder, client)
-                    for each in stuck:
-                        for at, body, position in each.acknowledged:
-                            if at > woken_at:
-                                late += 1
-                                if body not in folder.bytes_at(new_leader.name, position, 4 * BODY_BYTES):
-                                    wrong.append(f"{body[:32].decode()} acknowledged at {position}")
-        return {
-            "seconds": seconds,
-            "acknowledged_after_waking": late,
-            "not_in_new_leaders_log": wrong,
-            "acknowledged": len(load.acknowledged),
-            "failed_sends": len(load.failed),
-        }
+    async with loaded(namesrv, SEND_WITHIN_S) as (client, load):
+        for _ in range(freezes):
+            leader = await await_whole(folder, client)
+            over = threading.Event()
+            stuck = [_Stuck(leader.address, number, over) for number in range(STUCK_SENDERS)]
+            async with trio.open_nursery() as stuck_nursery:
+                for each in stuck:
+                    stuck_nursery.start_soon(trio.to_thread.run_sync, each.run)
+                await trio.sleep(0.3 + rng.random() * 0.5)
+                assert leader.pid is not None
+                os.kill(leader.pid, signal.SIGSTOP)
+                try:
+                    seconds.append(await _first_ack(load, time.monotonic(), leader.address))
+                    await trio.sleep(0.5)
+                finally:
+                    woken_at = time.monotonic()
+                    os.kill(leader.pid, signal.SIGCONT)
+                await trio.sleep(1.5)
+                over.set()
+            new_leader = await await_whole(folder, client)
+            for each in stuck:
+                for at, body, position in each.acknowledged:
+                    if at > woken_at:
+                        late += 1
+                        if body not in folder.bytes_at(new_leader.name, position, 4 * BODY_BYTES):
+                            wrong.append(f"{body[:32].decode()} acknowledged at {position}")
+    return {
+        "seconds": seconds,
+        "acknowledged_after_waking": late,
+        "not_in_new_leaders_log": wrong,
+        "acknowledged": len(load.acknowledged),
+        "failed_sends": len(load.failed),
+    }
 
 
 async def restart_all(folder: UpFolder, namesrv: str, rounds: int) -> dict[str, Any]:
     """`quorate restart` of each broker in turn, the leader's by handing leadership over; longest gap of each round."""
     gaps: list[float] = []
-    async with quorate.connect(namesrv) as client:
-        await prepare(client)
-        async with trio.open_nursery() as nursery:
-            with _over(Load()) as load:
-                for number in range(SENDERS):
-                    nursery.start_soon(load.send, client, number, 3.0)
-                for _ in range(rounds):
-                    await await_whole(folder, client)
-                    started = time.monotonic()
-                    for broker in folder.brokers():
-                        command = [sys.executable, "-m", "cli", "restart", broker.name, "--data", str(folder.data)]
-                        await trio.run_process(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
-                        await await_whole(folder, client)
-                    await trio.sleep(0.2)
-                    gaps.append(load.longest_gap(started, time.monotonic()))
-        return {"gaps": gaps, "acknowledged": len(load.acknowledged), "failed_sends": load.failed}
+    async with loaded(namesrv, 3.0) as (client, load):
+        for _ in range(rounds):
+            await await_whole(folder, client)
+            started = time.monotonic()
+            for broker in folder.brokers():
+                command = [sys.executable, "-m", "cli", "restart", broker.name, "--data", str(folder.data)]
+                await trio.run_process(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+                await await_whole(folder, client)
+            await trio.sleep(0.2)
+            gaps.append(load.longest_gap(started, time.monotonic()))
+    return {"gaps": gaps, "acknowledged": len(load.acknowledged), "failed_sends": load.failed}
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -358,6 +350,16 @@ def missed(found: dict[str, Any]) -> list[str]:
     return problems
 
 
+def tell(found: dict[str, Any], lines: list[str], as_json: bool) -> NoReturn:
+    """Print what was found, and end with 1 where a goal is missed."""
+    if as_json:
+        print(json.dumps(found))
+    else:
+        print("\n".join(lines))
+        print("\n".join(f"missed: {problem}" for problem in found["missed"]) or "all goals met")
+    raise SystemExit(1 if found["missed"] else 0)
+
+
 def main() -> None:
     """Measure on a cluster of its own; ends with 1 where a goal is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -372,12 +374,7 @@ def main() -> None:
         cluster.start()
         found = trio.run(_measure, UpFolder(cluster.data), cluster.namesrv, options)
     found["missed"] = missed(found)
-    if options.json:
-        print(json.dumps(found))
-    else:
-        print("\n".join(table(found)))
-        print("\n".join(f"missed: {problem}" for problem in found["missed"]) or "all goals met")
-    raise SystemExit(1 if found["missed"] else 0)
+    tell(found, table(found), options.json)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import trio
 from attrs import define, field
 
 import quorate
-from benchmarks.failover import BROKER_NAME, UpFolder, await_whole
+from benchmarks.failover import BROKER_NAME, UpFolder, await_whole, tell
 from benchmarks.ours import QuorateCluster
 from benchmarks.processes import anonymous_megabytes
 from quorate.errors import QuorateError
@@ -319,12 +319,7 @@ def main() -> None:
             raise SystemExit(f"{free >> 30} GiB of disk are free in {cluster.data}, {needed >> 30} are needed")
         found = trio.run(_run, UpFolder(cluster.data), cluster.namesrv, options)
     found["missed"] = missed(found)
-    if options.json:
-        print(json.dumps(found))
-    else:
-        print("\n".join(report(found)))
-        print("\n".join(f"missed: {problem}" for problem in found["missed"]) or "all goals met")
-    raise SystemExit(1 if found["missed"] else 0)
+    tell(found, report(found), options.json)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ import attrs
 import click
 
 from cli.exits import CHECK_FAILED, DONE, Failure, print_json
+from cli.output import paragraph
 from cli.run import as_failure, run
 from cli.target import json_option, layout_of, load_config, remote_options
-from runtime.processes import open_files_max
+from runtime.processes import open_files_max, outgoing_ports
 from runtime.real import real_env
 
 if TYPE_CHECKING:
@@ -39,9 +40,9 @@ def doctor(namesrv: str | None, data_path: str | None, config_path: str | None, 
         print_json([attrs.asdict(finding) for finding in findings])
     else:
         for finding in findings:
-            click.echo(f"{MARKS[finding.level]} {finding.about}: {finding.text}")
+            click.echo(paragraph(f"{finding.about}: {finding.text}", f"{MARKS[finding.level]} ", " " * 4))
             if finding.next_step:
-                click.echo(f"      {finding.next_step}")
+                click.echo(paragraph(finding.next_step, " " * 6, " " * 6))
     return CHECK_FAILED if any(finding.level == "bad" for finding in findings) else DONE
 
 
@@ -60,7 +61,7 @@ async def _look(namesrv: str | None, data_path: str | None, config_path: str | N
     identity = read_identity(env.files, layout)
     config = identity.config if identity is not None else load_config(env.files, config_path)
     if namesrv is None:
-        findings += check_config(config)
+        findings += check_config(config, outgoing_ports())
     try:
         async with reached((namesrv, data_path, config_path)) as cluster:
             is_unknown_here = namesrv is None and identity is None and config.source == DEFAULT_NAME

@@ -10,7 +10,7 @@ import attrs
 import click
 import trio
 
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, promise_of
 from cluster.supervisor import Event, Supervisor
 from runtime.logs import RotatingFile
 
@@ -24,13 +24,8 @@ def clock_time(at_ms: int) -> str:
 
 
 def promise(config: ClusterConfig) -> str:
-    """What an acknowledgement means in this cluster (design §3: `up` prints it)."""
-    group = config.groups[0]
-    size = len(group.founders)
-    quorum = size // 2 + 1
-    where = "in the page cache of" if group.flush == "async" else "on the disk of"
-    caveat = " (safe from crashes of nodes, not from a power cut of all)" if group.flush == "async" else ""
-    return f'flush "{group.flush}": acknowledged means {where} {quorum} of {size} nodes{caveat}'
+    """What an acknowledgement means in this cluster (design §3: `up` prints it); a line for each different promise."""
+    return "\n ".join(dict.fromkeys(promise_of(group.flush, len(group.founders)) for group in config.groups))
 
 
 def hints(config: ClusterConfig) -> str:

@@ -20,7 +20,7 @@ from cli.exits import (
     print_json,
 )
 from cli.lazy import LazyGroup
-from cli.output import number, table
+from cli.output import number, paragraph, table
 from cli.run import run
 from cli.target import json_option, layout_of, load_config, namesrv_of, remote_options
 from runtime.real import real_env
@@ -46,7 +46,7 @@ Examples:
   quorate raft list
   quorate raft describe broker-a
   quorate raft transfer-leadership --to n2
-  quorate raft add-node n3 --peer 10.0.0.4:40911     then, on its host: quorate serve n3 --join
+  quorate raft add-node n3 --peer 10.0.0.4:10915     then, on its host: quorate serve n3 --join
   quorate raft remove-node n1 --yes
   quorate raft recover n0 --accept-loss
 """,
@@ -290,7 +290,7 @@ def _print_node(said: Mapping[str, Any]) -> None:
             value = ", ".join(f"{name} {_plain(each)}" for name, each in value.items()) or "-"
         elif isinstance(value, list):
             value = " ".join(map(_plain, value)) or "-"
-        click.echo(f"{key.replace('_', ' '):22}{_plain(value)}")
+        click.echo(paragraph(_plain(value) or "-", f"{key.replace('_', ' '):22}", " " * 22))
 
 
 def _plain(value: Any) -> str:
@@ -559,51 +559,48 @@ def recover(
 async def _recover(name: str, is_accepted: bool, target: Target, as_json: bool) -> None:
     async with reached(target) as cluster:
         group, node = cluster.node(name)
-        said = node.said
-        assert said is not None
-        if said["state"] == "repairing":
-            await _give_up(cluster, group, node, is_accepted, as_json)
-            return
-        if not said["recovering"]:
+        assert node.said is not None
+        if node.said["state"] == "repairing":
+            text, risk = _what_is_given_up(group, node.said)
+            otherwise, then = "Keep the other nodes running", "the node goes on without it"
+        elif node.said["recovering"]:
+            text, risk = _what_is_at_risk(group, node.said)
+            otherwise, then = "Bring the silent nodes back", "the node votes again"
+        else:
             raise Failure(f"{name} is not recovering: there is nothing to accept", USAGE)
-        silent = [other for other in said["members"] if group.node(other) is None]
-        risk = {
-            "group": group.name,
-            "node": said["node_id"],
-            "last_index": said["last_index"],
-            "committed_for_certain": said["commit_index"],
-            "at_risk_from_index": said["last_index"] + 1,
-            "not_answering": silent,
-        }
-        text = (
-            f"{group.name}/{said['node_id']} has entries up to {number(said['last_index'])} (committed for certain: "
-            f"{number(said['commit_index'])}). At risk is whatever was acknowledged from entry "
-            f"{number(said['last_index'] + 1)} on"
-            + (f"; {' '.join(silent)} may have it and does not answer" if silent else "")
-        )
+        risk = {"group": group.name, "node": node.node_id, **risk}
         if not is_accepted:
-            raise Failure(f"{text}. Bring the silent nodes back, or say --accept-loss", USAGE, **risk)
+            raise Failure(f"{text}. {otherwise}, or say --accept-loss", USAGE, **risk)
         await cluster.client.admin.raft.accept_loss(node.address)
     if as_json:
         print_json({**risk, "accepted": True})
     else:
-        click.echo(f"{text}. Accepted: the node votes again")
+        click.echo(f"{text}. Accepted: {then}")
 
 
-async def _give_up(cluster: ReachedCluster, group: GroupView, node: NodeView, is_accepted: bool, as_json: bool) -> None:
-    """The log of `node` is damaged, and maybe nobody can supply what it waits for. Raises Failure."""
-    assert node.said is not None
-    name, waits_for = node.said["node_id"], node.said["waits_for"] or "its peers"
-    silent = [other.address for other in group.nodes if other.said is None]
-    risk = {"group": group.name, "node": name, "waits_for": waits_for, "not_answering": silent}
+def _what_is_at_risk(group: GroupView, said: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Where a node votes that may have forgotten what it acknowledged."""
+    silent = [other for other in said["members"] if group.node(other) is None]
     text = (
-        f"The log of {group.name}/{name} is damaged, and it waits for {waits_for}. What no node can supply is given "
-        "up: the log is cut before it, and the rest comes from the leader"
+        f"{group.name}/{said['node_id']} has entries up to {number(said['last_index'])} (committed for certain: "
+        f"{number(said['commit_index'])}). At risk is whatever was acknowledged from entry "
+        f"{number(said['last_index'] + 1)} on"
+        + (f"; {' '.join(silent)} may have it and does not answer" if silent else "")
     )
-    if not is_accepted:
-        raise Failure(f"{text}. Keep the other nodes running, or say --accept-loss", USAGE, **risk)
-    await cluster.client.admin.raft.accept_loss(node.address)
-    if as_json:
-        print_json({**risk, "accepted": True})
-    else:
-        click.echo(f"{text}. Accepted")
+    return text, {
+        "last_index": said["last_index"],
+        "committed_for_certain": said["commit_index"],
+        "at_risk_from_index": said["last_index"] + 1,
+        "not_answering": silent,
+    }
+
+
+def _what_is_given_up(group: GroupView, said: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Where a node's log is damaged, and maybe nobody can supply what it waits for."""
+    waits_for = said["waits_for"] or "its peers"
+    text = (
+        f"The log of {group.name}/{said['node_id']} is damaged, and it waits for {waits_for}. What no node can supply "
+        "is given up: the log is cut before it, and the rest comes from the leader"
+    )
+    silent = [node.address for node in group.nodes if node.said is None]
+    return text, {"waits_for": waits_for, "not_answering": silent}

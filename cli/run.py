@@ -44,7 +44,7 @@ def as_failure(error: BaseException) -> Failure | None:
         return error
     from cluster.layout import ClusterError
     from cluster.supervisor import NotReadyInTime
-    from quorate.errors import NoRoute, QuorateError, RequestRefused, SendFailed, Unavailable
+    from quorate.errors import NoRoute, NoTopic, QuorateError, RequestRefused, SendFailed, Unavailable
 
     text = str(error)
     match error:
@@ -54,6 +54,8 @@ def as_failure(error: BaseException) -> Failure | None:
             return Failure(text, CLUSTER_ANSWERED_ERROR)
         case RequestRefused():
             return Failure(f"the cluster answered {text}", CLUSTER_ANSWERED_ERROR, code=int(error.code))
+        case NoTopic():
+            return Failure(text, CLUSTER_ANSWERED_ERROR)
         case NoRoute() | Unavailable():
             return Failure(f"could not reach anybody: {text}", NOBODY_REACHED)
         case SendFailed():

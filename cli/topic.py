@@ -109,6 +109,7 @@ async def _delete(name: str, target: Target, as_json: bool) -> None:
     import quorate
 
     async with quorate.connect(namesrv_of(real_env().files, *target)) as mq:
+        await mq.admin.route(name)  # a name that is mistyped is told, not "deleted"
         await mq.admin.delete_topic(name)
     if as_json:
         print_json({"deleted": name})

@@ -24,6 +24,8 @@ SEGMENT_BYTES_MIN = 5 << 20
 SEGMENT_BYTES_MAX = 1 << 30
 HEARTBEATS_PER_ELECTION_TIMEOUT_MIN = 3
 DEFAULT_NAME = "built-in default"
+ASYNC_FLUSH_MS = 500
+"""How often a node brings what it has written to stable storage, where acknowledgements do not wait for that."""
 
 _NODE_ID = re.compile(r"n(0|[1-9][0-9]{0,2})")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,126}")
@@ -233,6 +235,23 @@ def is_node_id(name: str) -> bool:
 def short_name(group_name: str) -> str:
     """'b' for 'broker-b': nodes of the second group are called b-n0."""
     return group_name.removeprefix("broker-") or group_name
+
+
+def promise_of(flush: str, nodes: int) -> str:
+    """What an acknowledgement means in a raft group of so many voters: the one sentence of `up` and `doctor`."""
+    quorum = nodes // 2 + 1
+    if flush == "sync":
+        return (
+            f'flush = "sync": acknowledged means on stable storage of {quorum} of {nodes} nodes: safe from a power cut '
+            "of all"
+        )
+    lost = nodes - quorum
+    machines = f" and of {lost} machine{'' if lost == 1 else 's'}" if lost else ""
+    return (
+        f'flush = "async": acknowledged means in the page cache of {quorum} of {nodes} nodes: safe from crashes of '
+        f"processes{machines}; a power cut of all may take what was acknowledged in about the last "
+        f"{ASYNC_FLUSH_MS / 1000:g} s"
+    )
 
 
 # --- reading ---

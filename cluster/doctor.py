@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from attrs import frozen
 
-from cluster.config import ClusterConfig, GroupSection
+from cluster.config import ClusterConfig, GroupSection, promise_of
 from cluster.raft_groups import GroupView, NodeView
 
 Level = Literal["ok", "warning", "bad"]
@@ -26,19 +26,6 @@ class Finding:
     level: Level
     text: str
     next_step: str = ""
-
-
-def promise_of(flush: str, nodes: int, flush_interval_ms: int = 500) -> str:
-    """What an acknowledgement means in a group of so many voters."""
-    quorum = nodes // 2 + 1
-    if flush == "sync":
-        return f"acknowledged means on stable storage of {quorum} of {nodes} nodes: safe from a power cut of all"
-    lost = nodes - quorum
-    return (
-        f"acknowledged means in the page cache of {quorum} of {nodes} nodes: safe from crashes of processes and of "
-        f"{lost} machine{'' if lost == 1 else 's'}; a power cut of all may take what was acknowledged in about the "
-        f"last {flush_interval_ms / 1000:g} s"
-    )
 
 
 def check_machine(free_bytes: int, total_bytes: int, descriptors_max: int, data: str) -> Iterator[Finding]:
@@ -63,10 +50,28 @@ def check_machine(free_bytes: int, total_bytes: int, descriptors_max: int, data:
         yield Finding("open files", "ok", f"a process may open {descriptors_max}")
 
 
-def check_config(config: ClusterConfig) -> Iterator[Finding]:
-    """The configuration: what it promises, and what a demo may do but production should not."""
+def check_config(config: ClusterConfig, outgoing_ports: tuple[int, int] | None = None) -> Iterator[Finding]:
+    """The configuration: what it promises, and what a demo may do but production should not.
+
+    `outgoing_ports` are first and last of those the machine gives to outgoing connections.
+    """
+    first, last = outgoing_ports or (0, -1)
+    at_risk = sorted(
+        address.port
+        for node in config.nodes()
+        for address in (node.listen, node.peer, node.metrics)
+        if address is not None and first <= address.port <= last
+    )
+    if at_risk:
+        yield Finding(
+            "ports",
+            "warning",
+            f"{' '.join(map(str, at_risk))} lie between {first} and {last}, which outgoing connections are given: a "
+            "node may find its port taken when it starts",
+            f"choose ports below {first}, or: sysctl -w net.ipv4.ip_local_reserved_ports={','.join(map(str, at_risk))}",
+        )
     for group in config.groups:
-        yield Finding(group.name, "ok", f'flush = "{group.flush}": {promise_of(group.flush, len(group.founders))}')
+        yield Finding(group.name, "ok", promise_of(group.flush, len(group.founders)))
         if len(group.founders) == 1:
             yield Finding(group.name, "warning", "one node: nothing survives its loss", "use three nodes")
     if len(config.namesrvs) == 1:

@@ -35,7 +35,13 @@ from cluster.layout import (
 from runtime.children import Child, spawn
 from runtime.local_socket import serve_local, socket_path
 from runtime.model import Env
-from runtime.processes import describe_exit, listening_process, own_process_id
+from runtime.processes import (
+    connected_process,
+    describe_exit,
+    listening_process,
+    outgoing_ports,
+    own_process_id,
+)
 
 RESTART_AFTER_S = 1.0
 RESTART_AFTER_FAILED_STARTS_S = 10.0
@@ -512,8 +518,25 @@ class Supervisor:
 
 
 def _taken(node: Node, address: Address, error: OSError) -> str:
+    if "in use" not in str(error):
+        return f"{node.name}: {error}; change its address in the configuration, or use --port-base N"
     holder = listening_process(address.port)
-    who = f" by process {holder.pid}" if holder is not None else ""
-    if "in use" in str(error):
-        return f"port {address.port} ({node.name}) is taken{who}; stop it, or move all ports with --port-base N"
-    return f"{node.name}: {error}; change its address in the configuration, or use --port-base N"
+    if holder is not None:
+        return (
+            f"port {address.port} ({node.name}) is taken by process {holder.pid}; stop it, or move all ports with "
+            "--port-base N"
+        )
+    connected = connected_process(address.port)
+    who = f" by a connection of process {connected.pid}" if connected is not None else ""
+    return f"port {address.port} ({node.name}) is taken{who}; {_how_to_keep(address.port)}"
+
+
+def _how_to_keep(port: int) -> str:
+    """What to do about a port that nobody listens on."""
+    outgoing = outgoing_ports()
+    if outgoing is None or not outgoing[0] <= port <= outgoing[1]:
+        return "start again when that has ended, or move all ports with --port-base N"
+    return (
+        f"this machine gives ports from {outgoing[0]} on to outgoing connections: start again, or better move all "
+        "ports below with --port-base N"
+    )

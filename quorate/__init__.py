@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from quorate.consumer import Inbox, ReceivedMessage
     from quorate.errors import (
         NoRoute,
+        NoTopic,
         PullFailed,
         QuorateError,
         RequestRefused,
@@ -46,6 +47,7 @@ _HOME = {
     "MessageExt": "remoting.message",
     "MessageQueue": "remoting.message",
     "NoRoute": "quorate.errors",
+    "NoTopic": "quorate.errors",
     "PullConsumer": "quorate.pull",
     "PullFailed": "quorate.errors",
     "PullResult": "quorate.pull",
@@ -68,6 +70,7 @@ __all__ = [
     "MessageExt",
     "MessageQueue",
     "NoRoute",
+    "NoTopic",
     "PullConsumer",
     "PullFailed",
     "PullResult",

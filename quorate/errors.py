@@ -13,6 +13,10 @@ class NoRoute(QuorateError):
     """No name server knows a broker for the topic (or none could be asked)."""
 
 
+class NoTopic(NoRoute):
+    """A name server answers, but knows no such topic."""
+
+
 class Unavailable(QuorateError):
     """No broker of the group answered in time. `maybe_done` tells whether one may have executed the request."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import trio
 from attrs import field, frozen
 
-from quorate.errors import NoRoute, QuorateError, RequestRefused
+from quorate.errors import NoRoute, NoTopic, QuorateError, RequestRefused
 from remoting.bodies import TopicRouteData, decode_topic_route
 from remoting.codes import (
     MASTER_ID,
@@ -165,7 +165,8 @@ class RouteCache:
             if flight.route is not None:
                 return flight.route
             if flight.error is not None:
-                raise NoRoute(str(flight.error)) from flight.error
+                kind = NoTopic if isinstance(flight.error, NoTopic) else NoRoute
+                raise kind(str(flight.error)) from flight.error
             # Whoever asked was cancelled; this task asks then, or waits for another that was faster.
         asked_at = self._wanted.get(topic)
         route = self._routes.get(topic)
@@ -201,7 +202,7 @@ class RouteCache:
                 if route.writable:
                     return route
         self._routes.pop(topic, None)
-        raise NoRoute(f"no name server knows topic {topic}")
+        raise NoTopic(f"no name server knows topic {topic}")
 
     async def ask_name_server(self, topic: str) -> TopicRouteData | None:
         """What a name server says about a topic, None where it has no such topic. Raises NoRoute. Checkpoint."""

@@ -10,9 +10,11 @@ import ctypes
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -237,6 +239,34 @@ def unwritable_reason(path: str) -> str | None:
 
 def listening_process(port: int) -> ProcessId | None:
     """Who listens on a TCP port of this machine, where /proc tells."""
+    return _socket_holder(port, lambda state: state == _LISTENING)
+
+
+def connected_process(port: int) -> ProcessId | None:
+    """Who has a connection of its own that begins at this TCP port, where /proc tells."""
+    return _socket_holder(port, lambda state: state != _LISTENING)
+
+
+def outgoing_ports() -> tuple[int, int] | None:
+    """First and last of the TCP ports that this machine gives to outgoing connections, where /proc tells."""
+    try:
+        first, last = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return None
+    return int(first), int(last)
+
+
+def terminal_columns() -> int | None:
+    """Width of the terminal that stdout is; None where it is none."""
+    if not sys.stdout.isatty():
+        return None
+    return shutil.get_terminal_size().columns
+
+
+_LISTENING = "0A"
+
+
+def _socket_holder(port: int, is_meant: Callable[[str], bool]) -> ProcessId | None:
     inodes: set[str] = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         try:
@@ -246,7 +276,7 @@ def listening_process(port: int) -> ProcessId | None:
             continue
         for row in rows:
             columns = row.split()
-            if columns[3] == "0A" and int(columns[1].rpartition(":")[2], 16) == port:
+            if is_meant(columns[3]) and int(columns[1].rpartition(":")[2], 16) == port:
                 inodes.add(f"socket:[{columns[9]}]")
     if not inodes:
         return None

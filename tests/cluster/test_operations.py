@@ -29,7 +29,7 @@ JOINING = """
 [[group.node]]
 name = "n3"
 listen = "127.0.0.1:10941"
-peer = "127.0.0.1:40941"
+peer = "127.0.0.1:10945"
 join = true
 """
 SMALL_SEGMENTS = default_text().replace('flush = "async"', f'flush = "async"\nsegment_bytes = {SEGMENT_BYTES}', 1)

@@ -33,7 +33,7 @@ JOINING = """
 [[group.node]]
 name = "n3"
 listen = "127.0.0.1:10941"
-peer = "127.0.0.1:40941"
+peer = "127.0.0.1:10945"
 join = true
 """
 _BUILD_LIMIT_S = 400

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cli.output import ago, number, table
+from cli.output import ago, number, paragraph, table
 from cli.produce import _bodies
 
 
@@ -11,6 +11,23 @@ def test_table_aligns_text_left_and_numbers_right() -> None:
         ["name      lag", "n0      1,204", "broker      -"]
     )
     assert table(("name",), []) == "name"
+
+
+def test_what_is_wider_than_the_terminal_is_not_cut() -> None:
+    rows = [("n0", "follower", "1,204,567", "10.0.0.4:10911"), ("n1", "leader", "1,204,567", "10.0.0.5:10911")]
+    shown = table(("node", "role", "last", "listen"), rows, 32)
+    assert shown.splitlines() == [
+        "node  role           last",
+        "n0    follower  1,204,567",
+        "n1    leader    1,204,567",
+        "",
+        "node  listen",
+        "n0    10.0.0.4:10911",
+        "n1    10.0.0.5:10911",
+    ]
+    assert table(("node", "role", "last", "listen"), rows, 41) == table(("node", "role", "last", "listen"), rows)
+    assert paragraph("a few long words", "ok  ", "    ", 12).splitlines() == ["ok  a few", "    long", "    words"]
+    assert paragraph("a few long words", "ok  ", "    ") == "ok  a few long words"
 
 
 def test_figures() -> None:

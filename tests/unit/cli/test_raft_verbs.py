@@ -25,7 +25,7 @@ JOINING = """
 [[group.node]]
 name = "n3"
 listen = "127.0.0.1:10941"
-peer = "127.0.0.1:40941"
+peer = "127.0.0.1:10945"
 join = true
 """
 
@@ -141,7 +141,7 @@ def test_what_goes_into_the_log_should_be_meant(monkeypatch: pytest.MonkeyPatch,
     result, administration = invoke(monkeypatch, [group_of("broker-a")], "add-node", "new", "--peer", "127.0.0.1:6")
     assert (result.exit_code, '"new" is not n and a number' in result.output) == (2, True)
     result, administration = invoke(monkeypatch, [group_of("broker-a")], "add-node", "n3", "--peer", "127.0.0.1:6")
-    assert (result.exit_code, "has n3 at 127.0.0.1:40941, not at 127.0.0.1:6" in result.output) == (2, True)
+    assert (result.exit_code, "has n3 at 127.0.0.1:10945, not at 127.0.0.1:6" in result.output) == (2, True)
     assert administration.asked == []
 
 

@@ -84,10 +84,10 @@ def test_default_is_one_name_server_and_one_group_of_three(config: ClusterConfig
         ('name = "n1"', 'name = "node1"', ['"node1"', '"n0"']),
         ('name = "ns0"', 'name = "n0"', ["two nodes", '"n0"']),
         ("127.0.0.1:10921", "127.0.0.1:10911", ["127.0.0.1:10911", "twice", "n0", "n1"]),
-        ("127.0.0.1:40921", "localhost:9876", ["9876", "twice", "ns0", "n1"]),
+        ("127.0.0.1:10925", "localhost:9876", ["9876", "twice", "ns0", "n1"]),
         ('name = "broker-a"', 'name = "broker a"', ["broker a", "letters"]),
-        ('peer = "127.0.0.1:40911"', "", ['node "n0"', '"peer" is missing']),
-        ('peer = "127.0.0.1:40911"', 'peer = "10.0.0.1:40911"', ['node "n0"', "secret"]),
+        ('peer = "127.0.0.1:10915"', "", ['node "n0"', '"peer" is missing']),
+        ('peer = "127.0.0.1:10915"', 'peer = "10.0.0.1:10915"', ['node "n0"', "secret"]),
         ('listen = "127.0.0.1:10911"', 'listen = "0.0.0.0:10911"', ['node "n0"', "advertise"]),
         ("[[namesrv]]", "[namesrv]", ["[[namesrv]]"]),
         (
@@ -95,7 +95,7 @@ def test_default_is_one_name_server_and_one_group_of_three(config: ClusterConfig
             '[[namesrv]]\nname = "ns1"\nlisten = "127.0.0.1:9877"\n[[namesrv]]',
             ['"ns1"', '"peer" is missing'],
         ),
-        ('peer = "127.0.0.1:40911"', 'peer = "127.0.0.1:40911"\ndial = { n7 = "127.0.0.1:1" }', ["dial", '"n7"']),
+        ('peer = "127.0.0.1:10915"', 'peer = "127.0.0.1:10915"\ndial = { n7 = "127.0.0.1:1" }', ["dial", '"n7"']),
         ("[cluster]", "[cluster", ["not valid TOML", "line"]),
     ],
 )

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from attrs import evolve
 
-from cluster.config import default_text, parse
-from cluster.doctor import Finding, check_config, check_group, check_machine, promise_of
+from cluster.config import default_text, parse, promise_of
+from cluster.doctor import Finding, check_config, check_group, check_machine
 from cluster.raft_groups import GroupView, NodeView
 
 CONFIG = parse(default_text(), "built-in default")
@@ -99,7 +99,9 @@ def test_a_node_that_runs_but_is_no_member_is_named_with_the_way_in() -> None:
 def test_the_promise_follows_the_members() -> None:
     five: dict[str, Any] = {"members": ["n0", "n1", "n2", "n3", "n4"]}
     texts = [finding.text for finding in findings(node(0, leads=True, **five), node(1), node(2))]
-    assert any(text.startswith("now 5 nodes vote: acknowledged means") and "3 of 5" in text for text in texts)
+    assert any(
+        text.startswith('now 5 nodes vote: flush = "async": acknowledged means') and "3 of 5" in text for text in texts
+    )
 
 
 def test_a_power_loss_says_what_may_be_missing() -> None:
@@ -157,3 +159,11 @@ def test_a_small_machine() -> None:
     levels = [finding.level for finding in check_machine(5 << 20, 10 << 30, 256, "/data")]
     assert levels == ["bad", "warning"]
     assert {finding.level for finding in check_machine(5 << 30, 10 << 30, 65_536, "/data")} == {"ok"}
+
+
+def test_ports_that_outgoing_connections_are_given_are_told() -> None:
+    assert not [finding for finding in check_config(CONFIG, (32768, 60999)) if finding.about == "ports"]
+    old = parse(default_text().replace("127.0.0.1:10925", "127.0.0.1:40921"), "cluster.toml")
+    (found,) = [finding for finding in check_config(old, (32768, 60999)) if finding.about == "ports"]
+    assert found.level == "warning" and found.text.startswith("40921 lie between 32768 and 60999")
+    assert "ip_local_reserved_ports=40921" in found.next_step

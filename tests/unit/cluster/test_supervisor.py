@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -198,6 +199,23 @@ async def test_taken_port_is_named_with_its_holder(env: Env, tmp_path: Path) -> 
     await listener.aclose()
     assert f"port {port} (n1) is taken by process {env.ids.pid}" in message
     assert "--port-base" in message
+
+
+async def test_a_port_that_a_connection_begins_at_is_named_too(
+    env: Env, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listener = await env.net.listen("127.0.0.1", 0)
+    with socket.create_connection(listener.address) as connection:
+        port = connection.getsockname()[1]
+        config = await free_config(env)
+        (group,) = config.groups
+        moved = evolve(group.nodes[1], peer=group.nodes[1].peer.at(port))
+        config = evolve(config, groups=(evolve(group, nodes=(group.nodes[0], moved, *group.nodes[2:])),))
+        monkeypatch.setattr("cluster.supervisor.outgoing_ports", lambda: (port, port))
+        message = await refusal(env, config, tmp_path)
+    await listener.aclose()
+    assert f"port {port} (n1) is taken by a connection of process {env.ids.pid}" in message
+    assert f"gives ports from {port} on to outgoing connections" in message
 
 
 async def test_unwritable_folder(env: Env, tmp_path: Path) -> None:

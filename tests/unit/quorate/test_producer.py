@@ -342,6 +342,9 @@ async def test_no_name_server_at_all() -> None:
             await mq.send("t", b"x", timeout=0.3)
         with pytest.raises(quorate.NoRoute):
             await mq.admin.cluster()
+        with pytest.raises(quorate.NoRoute) as unknown:
+            await mq.admin.route("t")
+        assert not isinstance(unknown.value, quorate.NoTopic), "nobody said that there is no such topic"
 
 
 async def test_a_dead_name_server_listed_first_does_not_matter() -> None:
@@ -354,6 +357,8 @@ async def test_topic_without_template_waits_until_it_exists() -> None:
     env = make_env()
     async with fake_cluster(env) as cluster, quorate.connect(cluster.namesrv, env=env) as mq:
         cluster.template = False
+        with pytest.raises(quorate.NoTopic):
+            await mq.admin.route("t")
         with pytest.raises(quorate.SendFailed, match="no name server knows topic"):
             await mq.send("t", b"x", timeout=0.2)
 

@@ -19,8 +19,10 @@ from runtime.processes import (
     EVENT_LINE_BYTES_MAX,
     EventWriter,
     ProcessId,
+    connected_process,
     describe_exit,
     listening_process,
+    outgoing_ports,
     own_process_id,
     process_id,
     resident_bytes,
@@ -137,6 +139,12 @@ async def test_the_listener_of_a_port_is_found() -> None:
     listener = await real_env().net.listen("127.0.0.1", 0)
     port = listener.address[1]
     assert listening_process(port) == own_process_id()
+    stream = await real_env().net.dial("127.0.0.1", port, timeout=2)
+    begins_at = stream.local[1]
+    assert (listening_process(begins_at), connected_process(begins_at)) == (None, own_process_id())
+    outgoing = outgoing_ports()
+    assert outgoing is None or outgoing[0] <= begins_at <= outgoing[1]
+    stream.abort()
     await listener.aclose()
     assert listening_process(port) is None
 
