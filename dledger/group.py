@@ -8,7 +8,7 @@ await nursery.start(group.run)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import trio
@@ -114,6 +114,11 @@ class RaftGroup:
     def state(self) -> str:
         """Recovering (the log from the disk), repairing (it from the peers), installing (their segments) or serving."""
         return self._life.state
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """Of the runs of this process that have ended: how often the log was opened anew, what was repaired ..."""
+        return self._life.counters
 
     @property
     def role(self) -> Role:
