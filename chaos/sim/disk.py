@@ -4,9 +4,10 @@ Three lengths of the log matter: what the core has *appended*, what is *written*
 killed process keeps what was written. A power loss keeps what was durable; of the rest the seed picks: everything gone,
 any subset left, or all but a torn last one. Damage of synced bytes is a set of indexes whose frames no longer read.
 
-`recover` follows the rules of `dledger.store.recovery` (raft.md 4.6) on entries instead of bytes: evidence that an
+`judge` follows the rules of `dledger.store.recovery` (raft.md 4.6) on entries instead of bytes: evidence that an
 entry once was on stable storage makes a hole *damage* (repaired from peers before the node serves, never cut); no
 evidence makes it a torn tail (cut). Evidence is the durable mark in the meta slot, up to 200 ms old, and the side rows.
+In one seed of four the store itself judges, on bytes that are laid out for it (`chaos.sim.store_disk`).
 """
 
 from __future__ import annotations
@@ -340,32 +341,40 @@ class SimDisk:
             world.note(self._name, "drops the page cache behind a failed write or sync")
             self.lose_power()
         log = self.log
-        evidence = self.evidence()
-        walked_from = self._walked_from()
-        gaps: list[Gap] = []
-        torn = [index for index in sorted(log.bad) if index > evidence]
-        if torn:
-            self._world.reached("torn-tail-cut")
-            if torn[0] < log.last_index:
-                self._world.reached("torn-with-intact-behind")
-            log.cut(torn[0])
-        for first, last in _ranges({index for index in log.bad if index >= walked_from}):
-            behind = log.peek(last + 1)
-            prev_crc = log.head_crc_at(first - 1)
-            assert prev_crc is not None
-            gaps.append(Gap(first, last, prev_crc, behind.prev_crc if behind is not None else None))
-        end = log.last_index
-        if gaps and gaps[-1].next_crc is None:
-            end = gaps.pop().first - 1
-        if end < max(evidence, log.last_index):
+        gaps, end, is_open = self.judge()
+        if is_open:
             # Nothing intact follows: only a leader can say what was there (drop_open_fault of the store).
             self._world.reached("open-ended-damage")
             self.recovering = True
-            if end < log.last_index:
-                log.cut(end + 1)
+        elif end < log.last_index:
+            self._world.reached("torn-tail-cut")
+            if any(index not in log.bad for index in range(end + 1, log.last_index + 1)):
+                self._world.reached("torn-with-intact-behind")
+        if end < log.last_index:
+            log.cut(end + 1)
         self.written = self.durable = self.rows = self.mark = log.last_index
         self.not_on_platter = {index for index in self.not_on_platter if index <= log.last_index}
         return gaps
+
+    def judge(self) -> tuple[list[Gap], int, bool]:
+        """What a start finds: gaps with two ends, where the log ends, and whether behind that there is damage."""
+        log = self.log
+        evidence = self.evidence()
+        walked_from = self._walked_from()
+        gaps: list[Gap] = []
+        end = log.last_index
+        torn = [index for index in log.bad if index > evidence]
+        if torn:
+            end = min(torn) - 1
+        for first, last in _ranges({index for index in log.bad if walked_from <= index <= end}):
+            behind = log.peek(last + 1) if last < end else None
+            prev_crc = log.head_crc_at(first - 1)
+            assert prev_crc is not None
+            gaps.append(Gap(first, last, prev_crc, behind.prev_crc if behind is not None else None))
+        is_open = end < evidence
+        if gaps and gaps[-1].next_crc is None:
+            end, is_open = gaps.pop().first - 1, True
+        return gaps, end, is_open
 
     def _walked_from(self) -> int:
         """Closed segments with complete side rows are trusted until they are read; the rest is walked."""

@@ -138,6 +138,8 @@ class Plan(RunPlan):
     preferred: str
     """The node with the higher priority; empty for none."""
     preferred_after: float
+    real_store: bool
+    """Whether starts read their log with the store's own functions, on bytes."""
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -212,4 +214,5 @@ def draw_plan(seed: int) -> Plan:
         window_messages_max=window_messages_max,
         preferred=f"n{rng.randrange(nodes)}" if rng.random() < 0.3 else "",
         preferred_after=rng.choice((2.0, 6.0)),
+        real_store=rng.random() < 0.25,
     )

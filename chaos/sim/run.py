@@ -35,6 +35,7 @@ TOTALS = (
     "faults",
 )
 SIMPLER: tuple[dict[str, Any], ...] = (
+    {"real_store": False},
     {"clients": 1},
     {"burst_max": 1},
     {"reads_per_second": 0.0},

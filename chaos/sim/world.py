@@ -8,7 +8,7 @@ from heapq import heappop, heappush
 from random import Random
 from typing import Any, Protocol
 
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from chaos.sim.chance import stream
 from chaos.sim.disk import SimDisk
@@ -18,6 +18,7 @@ from chaos.sim.node import SimNode
 from chaos.sim.plan import Plan
 from chaos.sim.properties import Properties, PropertyBroken
 from chaos.sim.schedule import Fault, draw_schedule
+from chaos.sim.store_disk import StoreDisk
 from dledger.core.config import RaftConfig
 from dledger.core.log import LogView
 from dledger.core.membership import Members
@@ -116,6 +117,8 @@ class World:
         self.plan = plan
         self.faults = draw_schedule(plan) if faults is None else tuple(faults)
         self.build = Build() if build is None else build
+        if plan.real_store and self.build.disk is SimDisk:
+            self.build = evolve(self.build, disk=StoreDisk)
         self.now = 0.0
         self.steps = 0
         self.bootstrap = tuple(f"n{i}" for i in range(plan.nodes))

@@ -91,7 +91,7 @@ class RaftSubject:
                 await nursery.start(run)
                 self._formatted[name] = None
         finally:
-            counters = self.groups[name].counters
+            counters = self.groups[name].statistics().counters
             self._world.counts.update({counter: counters[counter] for counter in COUNTERS})
 
     async def run_workload(self) -> None:
