@@ -131,12 +131,14 @@ class Driver:
             self.disk,
             segment_bytes=segment_bytes,
             propose=self._propose_trim,
+            tell_leader=self._want_trim,
             applied=lambda: self.applier.applied_index,
             leased=leased_position,
             removed=self._segments_removed,
         )
-        self.retention.trimmed_position = replay.trimmed_position
-        self.retention.checkpoint_saved(replay.checkpoint_index)
+        self.retention.restored(replay.trimmed_position)
+        for covered in replay.checkpoints:
+            self.retention.checkpoint_saved(covered)
         self.applier = Applier(
             machine,
             store,
@@ -157,6 +159,7 @@ class Driver:
             pump=self.pump,
             wake=self.wake,
             is_cut_due=lambda: self._cut is not None,
+            segment_closed=self.retention.segment_closed,
         )
         self._hard_state = HardStateKeeper(
             env,
@@ -238,6 +241,10 @@ class Driver:
         self._app_bytes += len(payload)
         self._app_inbox.append((peer, payload))
 
+    def on_trim_wanted(self, peer: str, position: int) -> None:
+        """A member's disk is nearly full: no matter for the core."""
+        self.retention.wanted_by(peer, position)
+
     def on_peer_up(self, peer: str) -> None:
         self._inbox.append(PeerUp(self._monotonic(), peer))
 
@@ -280,6 +287,10 @@ class Driver:
         self._check_leads()
         self.retention.ask()
 
+    def trimmed_at(self, index: int) -> int:
+        """Byte before which TRIM entries up to entry `index` gave the log up. Also from a thread."""
+        return self.retention.trimmed_at(index)
+
     def checkpoint_saved(self, index: int) -> None:
         """A checkpoint of the machine's tables after entry `index` is on stable storage. Also from a thread."""
         self.retention.checkpoint_saved(index)
@@ -308,6 +319,10 @@ class Driver:
     def _check_leads(self) -> None:
         if not self.batch.leading:
             raise NotLeader(self.leader_id)
+
+    def _want_trim(self, position: int) -> None:
+        if self.leader_id is not None:
+            self.peers.send_trim_wanted(self.leader_id, position)
 
     def _propose_trim(self, plan: Plan) -> None:
         body = encode_trim(plan.position, is_forced=plan.is_forced)

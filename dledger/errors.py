@@ -43,6 +43,10 @@ class StoreFailed(LedgerError):
     """A write or sync failed. Final: what the page cache holds now is unknown (fsync is never retried)."""
 
 
+class NoRoom(StoreFailed):
+    """A write found the disk full before anything was synced: it may be tried again. Final for who does not."""
+
+
 class CoreStopped(LedgerError):
     """The Raft core found a promise broken and takes no further part."""
 

@@ -35,8 +35,10 @@ class LogFlusher:
         pump: Callable[[], None],
         wake: Callable[[], None],
         is_cut_due: Callable[[], bool],
+        segment_closed: Callable[[], None],
     ) -> None:
-        """`pump` runs a turn, `wake` has one run soon. `is_cut_due`: nothing is to be written before the cut."""
+        """`pump` runs a turn, `wake` has one run soon. `is_cut_due`: nothing is to be written before the cut.
+        `segment_closed` is called when the log goes on in its next segment, before the one behind that is made."""
         self._clock = env.clock
         self._monotonic = env.clock.monotonic
         self._config = config
@@ -47,6 +49,7 @@ class LogFlusher:
         self._pump = pump
         self._wake = wake
         self._is_cut_due = is_cut_due
+        self._segment_closed = segment_closed
         self._sync_kick = Kick()
         self._spare_kick = Kick()
         self._write_kick = Kick()
@@ -139,6 +142,7 @@ class LogFlusher:
         store = self._store
         while True:
             if store.needs_spare or store.disk_full:
+                self._segment_closed()
                 await store.prepare_spare()
                 if store.unwritten:
                     self._wake()

@@ -399,7 +399,15 @@ class RaftGroup:
                 return False  # the members changed again and again meanwhile: a later checkpoint will know
             at, members = found
             config = encode_members(members) if at else b""
-            write_checkpoint(self._env.files, self.config.data_dir, index, blob, config=config, config_index=at)
+            write_checkpoint(
+                self._env.files,
+                self.config.data_dir,
+                index,
+                blob,
+                config=config,
+                config_index=at,
+                trimmed_position=driver.trimmed_at(index),
+            )
             driver.checkpoint_saved(index)
             return True
         finally:

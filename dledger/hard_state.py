@@ -6,13 +6,18 @@ Term and vote are saved before the core lets anybody know of them (raft.md 4.2).
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
 
 from dledger.config import GroupConfig
 from dledger.disk_watch import HARD_STATE, DiskWatch
+from dledger.errors import NoRoom
 from dledger.kick import Kick
 from dledger.store.log_store import LogStore
 from dledger.store.meta import MetaFile
 from runtime.model import Env
+
+NO_ROOM_RETRY_SECONDS = 0.5
 
 
 class HardStateKeeper:
@@ -62,7 +67,7 @@ class HardStateKeeper:
             if wanted is None:
                 continue
             self._disk.begin(HARD_STATE)
-            await self._meta.save_hard_state(*wanted)
+            await self._until_there_is_room(partial(self._meta.save_hard_state, *wanted))
             self._disk.end(HARD_STATE)
             self._saved(*wanted)
 
@@ -70,11 +75,22 @@ class HardStateKeeper:
         """A node that is killed while it recovers does so again at its next start, until a leader has confirmed it."""
         while True:
             await self._recovered_kick.wait()
-            await self._meta.save_recovering(False)
+            await self._until_there_is_room(partial(self._meta.save_recovering, False))
+
+    async def _until_there_is_room(self, save: Callable[[], Awaitable[None]]) -> None:
+        """Nobody is told meanwhile; a leader whose disk stalls for so long steps down."""
+        while True:
+            try:
+                await save()
+            except NoRoom:
+                await self._clock.sleep(NO_ROOM_RETRY_SECONDS)
+            else:
+                return
 
     async def _keep_marked(self) -> None:
         """Bring the durable mark to the meta slot now and then: evidence for a recovery."""
         while True:
             await self._clock.sleep(self._interval)
             if self._store.durable_index != self._meta.saved.durable_index and not self._is_cut_due():
-                await self._meta.save_mark(self._store.durable_index)
+                with suppress(NoRoom):
+                    await self._meta.save_mark(self._store.durable_index)

@@ -10,7 +10,7 @@ heartbeats, pass app messages; and what a fetch asked for goes when nothing else
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -30,6 +30,7 @@ from dledger.wire import (
     KIND_PONG,
     KIND_PROOF,
     KIND_REFUSED,
+    KIND_TRIM_WANTED,
     KIND_WELCOME,
     MESSAGE_BYTES_MAX,
     NONCE_BYTES,
@@ -46,10 +47,12 @@ from dledger.wire import (
     decode_fetched,
     decode_hello,
     decode_raft,
+    decode_trim_wanted,
     encode,
     encode_fetch,
     encode_fetched,
     encode_raft,
+    encode_trim_wanted,
     hello_fields,
     is_proof,
     prove,
@@ -87,6 +90,8 @@ class PeerEvents(Protocol):
     def on_message(self, peer: str, message: Message) -> None: ...
 
     def on_app_message(self, peer: str, payload: bytes) -> None: ...
+
+    def on_trim_wanted(self, peer: str, position: int) -> None: ...
 
     def on_peer_up(self, peer: str) -> None: ...
 
@@ -171,9 +176,15 @@ class Link:
 
     def send_fetch(self, fetch: Fetch) -> bool:
         """Ask; False where the peer's protocol version has no fetches."""
+        return self._send_of_version_2(encode_fetch(fetch))
+
+    def send_trim_wanted(self, position: int) -> bool:
+        """False where the peer's protocol version has no such message: it knows no trims either."""
+        return self._send_of_version_2(encode_trim_wanted(position))
+
+    def _send_of_version_2(self, parts: list[Buffer]) -> bool:
         if self.version < 2 or self.is_closed:
             return False
-        parts = encode_fetch(fetch)
         if self._has_backlog:
             self._send_urgent(parts)
         else:
@@ -369,6 +380,12 @@ class Peers:
         """Ask a peer for a part of its log. False when not connected, or it speaks version 1."""
         link = self._dialled.get(peer)
         return link is not None and link.send_fetch(fetch)
+
+    def send_trim_wanted(self, peer: str, position: int) -> bool:
+        """Tell the leader up to where this node's disk needs the log to go. False when not connected, or it speaks
+        version 1."""
+        link = self._dialled.get(peer)
+        return link is not None and link.send_trim_wanted(position)
 
     def fetchable(self) -> list[str]:
         """Peers that can be asked for parts of their logs now."""
@@ -680,6 +697,8 @@ class Peers:
                     events.on_app_message(peer, bytes(received.raw))
                 elif kind == KIND_PING:
                     link.send_control(KIND_PONG)
+                elif kind == KIND_TRIM_WANTED:
+                    events.on_trim_wanted(peer, decoded)
                 elif self._fetching is not None and kind == KIND_FETCH:
                     self._fetching.on_fetch(link, decoded)
                 elif self._fetching is not None and kind == KIND_FETCHED:
@@ -701,16 +720,24 @@ class Peers:
                     link.close()
 
 
+_DECODE_OF_VERSION_2: dict[int, Callable[[Received], Any]] = {
+    KIND_FETCH: decode_fetch,
+    KIND_FETCHED: decode_fetched,
+    KIND_TRIM_WANTED: decode_trim_wanted,
+}
+
+
 def _decode(link: Link, received: Received) -> Any:
     """What a message says, where it is not just bytes. Raises WireError."""
     kind = received.kind
     if kind < KIND_APP:
         return decode_raft(received)
-    if kind not in (KIND_FETCH, KIND_FETCHED):
+    decode = _DECODE_OF_VERSION_2.get(kind)
+    if decode is None:
         return None
     if link.version < 2:
         raise WireError(f"a message of kind {kind} in protocol version {link.version}")
-    return decode_fetch(received) if kind == KIND_FETCH else decode_fetched(received)
+    return decode(received)
 
 
 async def _receive_one(stream: Stream, reader: MessageReader) -> Received:

@@ -226,6 +226,9 @@ class Deaf:
     def on_app_message(self, peer: str, payload: bytes) -> None:
         return
 
+    def on_trim_wanted(self, peer: str, position: int) -> None:
+        return
+
     def on_peer_up(self, peer: str) -> None:
         return
 

@@ -11,7 +11,7 @@ from dledger.core.types import Entry, EntryType
 from dledger.errors import LogDamaged
 from dledger.machine import EntryView, StateMachine
 from dledger.retention import trim_base
-from dledger.store.checkpoint import Checkpoint, drop_checkpoints, read_checkpoint
+from dledger.store.checkpoint import Checkpoint, covered_indexes, drop_checkpoints, read_checkpoint
 from dledger.store.log_store import LogStore
 from runtime.logs import Logger
 from runtime.model import Env
@@ -27,14 +27,14 @@ class Replay:
     """Shows the machine the entries behind its tables, and keeps what is not known to be committed yet."""
 
     def __init__(
-        self, machine: StateMachine, segment_bytes: int, applied_index: int, checkpoint_index: int
+        self, machine: StateMachine, segment_bytes: int, applied_index: int, checkpoints: tuple[int, int]
     ) -> None:
-        """`checkpoint_index` is what the newest checkpoint covers."""
+        """`checkpoints` are what the older and the newer one cover."""
         self._machine = machine
         self._segment_bytes = segment_bytes
         self.applied_index = applied_index
         """Up to here everything is known to be committed."""
-        self.checkpoint_index = checkpoint_index
+        self.checkpoints = checkpoints
         self.staged: deque[Staged] = deque()
         self.trims: deque[Entry] = deque()
         """TRIM entries that are not known to be committed."""
@@ -52,10 +52,13 @@ class Replay:
             if entry.index > self.applied_index:
                 self.trims.append(entry)
                 return
-            base = trim_base(entry, self._segment_bytes)
-            if base > self.trimmed_position:
-                self.trimmed_position = base
-                self._machine.trim(base)
+            self.trim(trim_base(entry, self._segment_bytes))
+
+    def trim(self, position: int) -> None:
+        """The group gave up what lies before this byte."""
+        if position > self.trimmed_position:
+            self.trimmed_position = position
+            self._machine.trim(position)
 
 
 async def replay_log(
@@ -81,7 +84,9 @@ async def replay_log(
     covered = machine.restore(blob, first_index=store.first_index, first_position=store.first_position)
     covered = max(covered, store.first_index - 1)
     # What a checkpoint covers was committed.
-    replay = Replay(machine, segment_bytes, max(covered, covers, commit_hint), covers)
+    replay = Replay(machine, segment_bytes, max(covered, covers, commit_hint), covered_indexes(env.files, folder))
+    if checkpoint is not None:  # it may cover TRIM entries whose segments are still there
+        replay.trim(checkpoint.trimmed_position)
     index = covered + 1
     slice_end = env.clock.monotonic() + APPLY_SECONDS_MAX
     while index <= store.last_index:

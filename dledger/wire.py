@@ -9,7 +9,7 @@ Proof of the dialling one. With a shared secret, Welcome and Proof carry an HMAC
 Versions. A node tells the oldest and the newest version it speaks; a connection uses the newest that both do.
 
 1   Raft messages, App, Ping and Pong.
-2   AppendReply carries `disk_ok`; SegmentsOffer; Fetch and Fetched (see `dledger.fetch`).
+2   AppendReply carries `disk_ok`; SegmentsOffer; Fetch and Fetched (see `dledger.fetch`); TrimWanted.
 
 A node of version 1 takes no hello but one that begins with a 1, and passes over what follows the nonce: that is where
 the newest version goes. Nothing that came with version 2 is sent to it.
@@ -56,6 +56,7 @@ KIND_PING = 17
 KIND_PONG = 18
 KIND_FETCH = 19
 KIND_FETCHED = 20
+KIND_TRIM_WANTED = 21
 KIND_HELLO = 32
 KIND_WELCOME = 33
 KIND_PROOF = 34
@@ -200,6 +201,11 @@ def encode_raft(message: Message, version: int = PROTOCOL_VERSION) -> list[Buffe
     return encode(_RAFT_KINDS[type(message)], fields)
 
 
+def encode_trim_wanted(position: int) -> list[Buffer]:
+    """To the leader: the sender's disk is nearly full, and needs the log to be given up before this byte."""
+    return encode(KIND_TRIM_WANTED, (position,))
+
+
 def encode_fetch(fetch: Fetch) -> list[Buffer]:
     """A question to a peer's disk."""
     return encode(KIND_FETCH, msgspec.structs.astuple(fetch))
@@ -297,6 +303,14 @@ def decode_raft(received: Received) -> Message:
     except BadFrame as error:
         raise WireError(f"a damaged entry: {error}") from error
     return Append(fields[0], fields[1], fields[2], fields[3], fields[4], fields[5], entries)
+
+
+def decode_trim_wanted(received: Received) -> int:
+    """The byte of the log. Raises WireError."""
+    fields = received.fields
+    if received.raw or len(fields) != 1 or type(fields[0]) is not int or not 0 <= fields[0] <= NUMBER_MAX:
+        raise WireError("an unreadable wish for a trim")
+    return fields[0]
 
 
 def decode_fetch(received: Received) -> Fetch:

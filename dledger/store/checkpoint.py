@@ -1,11 +1,12 @@
 """The state machine's tables as of one entry, so that a start need not replay the whole log.
 
-The last two are kept: a damaged one costs a longer replay, not the tables. Beside the tables stands the CONFIG entry in
-force at that entry, because the log that held it may be trimmed.
+The last two are kept: a damaged one costs a longer replay, not the tables. Beside the tables stand the CONFIG entry in
+force at that entry, because the log that held it may be trimmed, and how far the log was given up by then, because a
+start does not read the TRIM entries that the tables cover.
 
-Version 2, little endian: magic u32 | version u16 | u16 | index u64 | blob length u64 | blob crc u32 |
-config index u64 | config length u32 | config crc u32 | header crc u32, then the config and the blob. Version 1 has no
-config fields.
+Version 3, little endian: magic u32 | version u16 | u16 | index u64 | blob length u64 | blob crc u32 |
+config index u64 | config length u32 | config crc u32 | trimmed u64 | header crc u32, then the config and the blob.
+Version 2 does not have the trimmed position, version 1 nor the config fields.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from dledger.store.format import CHECKPOINT_FILE
 from runtime.model import Files
 
 CHECKPOINT_MAGIC = 0x51524350
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 CHECKPOINT_FILES = (CHECKPOINT_FILE, f"{CHECKPOINT_FILE}.1")
 """Newest first."""
 
 _PREFIX = struct.Struct("<IHH")
 _HEADER_1 = struct.Struct("<IHHQQII")
-_HEADER = struct.Struct("<IHHQQIQIII")
+_HEADER_2 = struct.Struct("<IHHQQIQIII")
+_HEADER = struct.Struct("<IHHQQIQIIQI")
+_HEADERS = {1: _HEADER_1, 2: _HEADER_2, CHECKPOINT_VERSION: _HEADER}
 
 
 @frozen
@@ -36,6 +39,8 @@ class Checkpoint:
     blob: bytes
     config: bytes = b""
     config_index: int = 0
+    trimmed_position: int = 0
+    """Byte before which TRIM entries up to `index` gave the log up; 0 also where an older version did not tell."""
 
 
 def pack_checkpoint(checkpoint: Checkpoint) -> bytes:
@@ -50,6 +55,7 @@ def pack_checkpoint(checkpoint: Checkpoint) -> bytes:
         checkpoint.config_index,
         len(checkpoint.config),
         crc32(checkpoint.config),
+        checkpoint.trimmed_position,
         0,
     )[:-4]
     return b"".join((covered, crc32(covered).to_bytes(4, "little"), checkpoint.config, checkpoint.blob))
@@ -60,31 +66,35 @@ def unpack_checkpoint(data: bytes) -> Checkpoint | None:
     if len(data) < _HEADER_1.size:
         return None
     magic, version, _ = _PREFIX.unpack_from(data)
-    header = _HEADER_1 if version == 1 else _HEADER
-    if magic != CHECKPOINT_MAGIC or not 1 <= version <= CHECKPOINT_VERSION or len(data) < header.size:
+    header = _HEADERS.get(version)
+    if magic != CHECKPOINT_MAGIC or header is None or len(data) < header.size:
         return None
     if int.from_bytes(data[header.size - 4 : header.size], "little") != crc32(data[: header.size - 4]):
         return None
-    config_index = config_len = config_crc = 0
-    if version == 1:
-        _, _, _, index, blob_len, blob_crc, _ = _HEADER_1.unpack_from(data)
-    else:
-        _, _, _, index, blob_len, blob_crc, config_index, config_len, config_crc, _ = _HEADER.unpack_from(data)
+    index, blob_len, blob_crc, *rest = header.unpack_from(data)[3:-1]
+    config_index, config_len, config_crc, trimmed = (*rest, 0, 0, 0, 0)[:4]
     config = data[header.size : header.size + config_len]
     blob = data[header.size + config_len :]
     if len(blob) != blob_len or crc32(blob) != blob_crc or crc32(config) != config_crc:
         return None
-    return Checkpoint(index, blob, config, config_index)
+    return Checkpoint(index, blob, config, config_index, trimmed)
 
 
 def write_checkpoint(
-    files: Files, folder: str, index: int, blob: bytes, *, config: bytes = b"", config_index: int = 0
+    files: Files,
+    folder: str,
+    index: int,
+    blob: bytes,
+    *,
+    config: bytes = b"",
+    config_index: int = 0,
+    trimmed_position: int = 0,
 ) -> None:
     """Atomic: afterwards the new one is there and the last readable one before it. Waits for the disk."""
     newest, older = (f"{folder}/{name}" for name in CHECKPOINT_FILES)
     if _read(files, newest) is not None:  # a damaged one must not push out the good one
         files.rename(newest, older)
-    files.write_atomic(newest, pack_checkpoint(Checkpoint(index, blob, config, config_index)))
+    files.write_atomic(newest, pack_checkpoint(Checkpoint(index, blob, config, config_index, trimmed_position)))
 
 
 def read_checkpoint(files: Files, folder: str, *, up_to: int | None = None) -> Checkpoint | None:
@@ -94,6 +104,12 @@ def read_checkpoint(files: Files, folder: str, *, up_to: int | None = None) -> C
         if found is not None and (up_to is None or found.index <= up_to):
             return found
     return None
+
+
+def covered_indexes(files: Files, folder: str) -> tuple[int, int]:
+    """What the older and the newer checkpoint cover; 0 for one that is not there, or cannot be read."""
+    newest, older = (_read(files, f"{folder}/{name}") for name in CHECKPOINT_FILES)
+    return (older.index if older is not None else 0), (newest.index if newest is not None else 0)
 
 
 def drop_checkpoints(files: Files, folder: str, *, above: int) -> list[int]:

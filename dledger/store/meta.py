@@ -20,8 +20,9 @@ from zlib import crc32
 import trio
 from attrs import evolve, frozen
 
-from dledger.errors import MetaDamaged, StoreFailed
+from dledger.errors import MetaDamaged, NoRoom, StoreFailed
 from dledger.store.format import META_FILE, Format
+from dledger.store.rows import DISK_FULL
 from runtime.model import File, Files
 
 META_MAGIC = 0x51524D54
@@ -221,9 +222,14 @@ class MetaFile:
                 slot = pack_slot(latest, self._identity)
                 for offset in _pair(latest.sequence):
                     self._file.pwrite(slot, offset)
+            except OSError as error:
+                # File systems that copy on write need room for this, too. The next try takes the same pair of slots.
+                kind = NoRoom if error.errno in DISK_FULL else StoreFailed
+                raise kind(f"writing term and vote to {self._file.path} failed: {error}") from error
+            try:
                 await self._file.sync()
             except OSError as error:
-                raise StoreFailed(f"writing term and vote to {self._file.path} failed: {error}") from error
+                raise StoreFailed(f"sync of term and vote in {self._file.path} failed: {error}") from error
             self._saved = latest
             self._is_synced = True
 

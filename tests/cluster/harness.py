@@ -94,8 +94,10 @@ class Disks:
     def environment(self) -> dict[str, str]:
         return {} if self._path is None else {FAULTS_VARIABLE: str(self._path)}
 
-    def start(self, brokers: Sequence[str], faults: Mapping[str, Any]) -> None:
+    def start(self, brokers: Sequence[str], faults: Mapping[str, Any], parts: Sequence[str] = ()) -> None:
+        """`parts` of each broker's folder may have faults of their own later."""
         self._faults = {name: dict(faults) for name in brokers}
+        self._faults.update({f"{name}/{part}": dict(faults) for name in brokers for part in parts})
         self.boot_anew()
 
     def boot_anew(self) -> None:
@@ -104,7 +106,7 @@ class Disks:
         self._write()
 
     def change(self, broker: str, **faults: Any) -> None:
-        """Give one broker's disk faults besides those it has; None takes one away."""
+        """Give one broker's disk faults besides those it has; None takes one away. BROKER/PART is a part."""
         merged = {**self._faults[broker], **faults}
         self._faults[broker] = {name: value for name, value in merged.items() if value is not None}
         self._write()
@@ -221,17 +223,22 @@ class Cluster:
 
 @contextmanager
 def cluster(
-    data: Path, *flags: str, config: str | None = None, faults: Mapping[str, Any] | None = None
+    data: Path,
+    *flags: str,
+    config: str | None = None,
+    faults: Mapping[str, Any] | None = None,
+    parts: Sequence[str] = (),
 ) -> Iterator[Cluster]:
     """Start, hand over, stop. On a failure the last lines of all logs are printed.
 
-    `faults` are those of every broker's disk from the start; without it the fault layer is off.
+    `faults` are those of every broker's disk from the start; without it the fault layer is off. `parts` are folders
+    within a broker's that get faults of their own.
     """
     base = free_port_base()
     print(f"cluster in {data}, ports from {base}")
     disks = Disks(data, data.parent / f"{data.name}-faults.json" if faults is not None else None)
     if faults is not None:
-        disks.start(BROKERS, faults)
+        disks.start(BROKERS, faults, parts)
     arguments: list[str] = ["up", "--detach", "--json", "--data", str(data), "--port-base", str(base), *flags]
     if config is not None:
         path = data.parent / f"{data.name}.toml"

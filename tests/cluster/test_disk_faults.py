@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import quorate
 from cluster.config import default_text
 from runtime.model import Env
 from runtime.real import real_env
-from tests.cluster.harness import STATUS_EVERY_S, Cluster, cluster, wait_for
+from tests.cluster.harness import BROKERS, STATUS_EVERY_S, Cluster, cluster, wait_for
+from tests.cluster.harness import quorate as quorate_verb
 from tests.cluster.workload import Promises, check_stored, produce_numbers, read_all, same_logs
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
@@ -29,6 +31,16 @@ NEW_LEADER_WITHIN_S = 4.5
 NOTICED_WITHIN_S = 30.0
 SLOW_WRITE_MS = 80
 RELIEVED_WITHIN_S = 20.0
+SILENT_S = 4.0
+"""So long without an acknowledgement: what was allocated is used up."""
+WITHOUT_ROOM_S = 15.0
+SMALL_DISK_BYTES = 100 << 20
+LARGE_DISK_BYTES = 10 << 30
+PARTS = {
+    "tables": ("consumequeue", "index", "dedup"),
+    "term, vote and checkpoints": ("raft",),
+}
+"""What is on the disk beside the log, and the folders it is in."""
 
 
 def config(flush: str) -> str:
@@ -180,3 +192,125 @@ async def test_slow_writes_leave_the_loop_and_the_leader_stays(tmp_path: Path) -
             status = running.status()[slow]
             assert (status["role"], status["term"]) == ("leader", term)
         assert load.promises.failures == []
+
+
+@pytest.mark.parametrize("flush", ["sync", "async"])
+@pytest.mark.parametrize("which", ["both followers", "all"])
+async def test_disks_full_on_most_nodes_stop_sends_until_there_is_room(tmp_path: Path, flush: str, which: str) -> None:
+    """Nothing is acknowledged that only one node could write, nobody dies, and room alone ends it."""
+    env = real_env()
+    with cluster(tmp_path / "data", config=config(flush), faults={}) as running:
+        async with under_load(env, running) as load:
+            leader = await env.run_in_thread(running.leader)
+            pids = {name: running.pid(name) for name in BROKERS}
+            full = [name for name in BROKERS if which == "all" or name != leader]
+            for name in full:
+                running.disks.change(name, free_bytes=0)  # what is allocated may be written: two segments at most
+            with trio.fail_after(NOTICED_WITHIN_S):
+                seen = -1
+                while seen != len(load.moments):  # until the last room is used up
+                    seen = len(load.moments)
+                    await trio.sleep(SILENT_S)
+            print(f"{full} are full; {seen} were answered")
+            for name in full:
+                running.disks.change(name, free_bytes=None)
+            await load.wait_more(100, within_s=RELIEVED_WITHIN_S)
+            assert {name: running.pid(name) for name in BROKERS} == pids, "somebody had to be restarted"
+
+
+@pytest.mark.parametrize("part", PARTS)
+async def test_no_room_beside_the_log_ends_nobody_and_spoils_nothing(tmp_path: Path, part: str) -> None:
+    """Checkpoints, ConsumeQueues, key index, dedup window, term and vote: they wait, and the log has it all."""
+    env = real_env()
+    parts = (*PARTS[part], "raft/log", "raft/rows")  # the innermost folder counts
+    with cluster(tmp_path / "data", config=config("async"), faults={}, parts=parts) as running:
+        async with under_load(env, running) as load:
+            leader = await env.run_in_thread(running.leader)
+            pids = {name: running.pid(name) for name in BROKERS}
+            for folder in PARTS[part]:
+                running.disks.change(f"{leader}/{folder}", write_fails="ENOSPC")
+            before = len(load.moments)
+            await trio.sleep(WITHOUT_ROOM_S)  # some flushes of the queues, and tries of a checkpoint
+            assert len(load.moments) > before + 100, "the log has room: sends go on"
+            for folder in PARTS[part]:
+                running.disks.change(f"{leader}/{folder}", write_fails=None)
+            await load.wait_more(100)
+            assert {name: running.pid(name) for name in BROKERS} == pids, "somebody had to be restarted"
+        assert load.promises.failures == []
+        # What is on that disk now has to be good enough for a start after a crash, and to be served from.
+        await env.run_in_thread(running.kill, leader)
+        await env.run_in_thread(running.wait_restarted, leader, pids[leader])
+        await lead(env, running, leader)
+        async with quorate.connect(running.namesrv) as client:
+            check_stored(await read_all(client, TOPIC), load.promises)
+
+
+async def lead(env: Env, running: Cluster, name: str) -> None:
+    """Have one node lead, once it is level."""
+
+    def leads() -> bool:
+        if running.leader() == name:
+            return True
+        quorate_verb("raft", "transfer-leadership", "--to", name, "--data", str(running.data), check=False)
+        return False
+
+    await env.run_in_thread(wait_for, leads, RELIEVED_WITHIN_S, f"{name} leads", STATUS_EVERY_S)
+
+
+async def test_the_smallest_disk_decides_what_is_kept(tmp_path: Path) -> None:
+    """A follower's disk fills up, the leader's does not: the group trims before that node takes no messages."""
+    env = real_env()
+    faults = {"total_bytes": LARGE_DISK_BYTES, "free_bytes": LARGE_DISK_BYTES}
+    with cluster(tmp_path / "data", config=config("async"), faults=faults) as running:
+        leader = await env.run_in_thread(running.leader)
+        small = next(name for name in BROKERS if name != leader)
+        running.disks.change(small, total_bytes=SMALL_DISK_BYTES, free_bytes=SMALL_DISK_BYTES // 3)
+        promises = Promises()
+        stop = trio.Event()
+        async with quorate.connect(running.namesrv) as client:
+            await client.admin.create_topic(TOPIC, queues=4)
+            async with trio.open_nursery() as nursery:
+                for number in range(PRODUCERS):
+                    name = f"p{number}"
+                    nursery.start_soon(
+                        partial(produce_numbers, client, TOPIC, name, promises, stop, padding=10 * PADDING)
+                    )
+
+                def trimmed_everywhere() -> bool:
+                    brokers = [running.status()[name] for name in BROKERS]
+                    return all(one["state"] == "up" and one["first_position"] > 0 for one in brokers)
+
+                await env.run_in_thread(wait_for, trimmed_everywhere, 60.0, "a trim on all nodes", STATUS_EVERY_S)
+                stop.set()
+            host, port = running.address(small)
+            counters = (await client.admin.raft.describe(f"{host}:{port}"))["counters"]
+            assert counters["trimmed_alone"] == 0 and counters["trims"] >= 1
+            await same_logs(env, running, within_s=20)
+        assert promises.failures == []
+
+
+async def test_above_the_third_watermark_sends_are_refused_with_14_and_pulls_go_on(tmp_path: Path) -> None:
+    faults = {"total_bytes": SMALL_DISK_BYTES, "free_bytes": SMALL_DISK_BYTES}
+    with cluster(tmp_path / "data", config=config("async"), faults=faults) as running:
+        async with quorate.connect(running.namesrv) as client:
+            await client.admin.create_topic(TOPIC, queues=4)
+            await client.send(TOPIC, b"before")
+            for name in BROKERS:
+                running.disks.change(name, free_bytes=SMALL_DISK_BYTES // 20)
+            refusal = ""
+            with trio.fail_after(NOTICED_WITHIN_S):
+                while not refusal:
+                    try:
+                        await client.send(TOPIC, b"whenever", timeout=3.0)
+                    except quorate.SendFailed as error:
+                        refusal = str(error)
+            print(refusal)
+            assert "disk" in refusal and "14" in refusal
+            assert sum(len(messages) for messages in (await read_all(client, TOPIC)).values()) >= 1
+            for name in BROKERS:
+                running.disks.change(name, free_bytes=SMALL_DISK_BYTES)
+            with trio.fail_after(RELIEVED_WITHIN_S):
+                while True:
+                    with suppress(quorate.SendFailed):
+                        await client.send(TOPIC, b"after", timeout=3.0)
+                        break

@@ -50,6 +50,7 @@ from tests.unit.dledger.test_peers import Recorder
 
 V1 = Path(__file__).parents[2] / "formats" / "v1"
 FOLDERS = ["folder-stopped", "folder-killed"]
+KIND_OF_TOMORROW = 30
 
 
 def unpacked(name: str, into: Path) -> tuple[Path, dict[str, Any]]:
@@ -264,8 +265,10 @@ async def test_a_node_of_protocol_1_is_met_on_its_terms(tmp_path: Path) -> None:
         peers.send("n1", SegmentsOffer(3, 1, 10, 7))
         received = await accepted.receive()
         assert isinstance(decode_raft(received), Append)
+        assert not peers.send_trim_wanted("n1", 7), "it knows no trims"
+        await dialled.stream.send_parts(encode(KIND_OF_TOMORROW, (1, "two"), b"three"))
         await dialled.stream.send_parts(encode_raft(Append(3, 0, 0, 0, 0, 1), 1))
-        await wait_until(lambda: seen.messages, what="the heartbeat")
+        await wait_until(lambda: seen.messages, what="the heartbeat, behind what is passed over")
         peers.send("n1", AppendReply(3, 1, True, 0, 0))
         assert (await dialled.receive()).fields == [3, 1, True, 0, 0, 0, 0]
         assert not [line for line in seen.lines if line[0] == "peer connection refused"]

@@ -674,3 +674,32 @@ async def test_figures_of_a_group_under_load(tmp_path: Path) -> None:
         await toy.put(b"and more")
         lag = leader.running.statistics().lag_seconds[follower.node_id]
         assert 0.0 < lag < 5.0
+
+
+async def test_a_vote_for_which_there_is_no_room_is_given_when_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On file systems that copy on write even a slot of term and vote needs room: the node waits, and does not die."""
+    monkeypatch.setattr("dledger.hard_state.NO_ROOM_RETRY_SECONDS", 0.02)
+    pwrite = RealFile.pwrite
+    refused: list[str] = []
+    is_full = True
+
+    def writing(self: RealFile, data: Any, offset: int) -> None:
+        if is_full and self.path.endswith("/meta"):
+            refused.append(self.path)
+            raise OSError(errno.ENOSPC, "full")
+        pwrite(self, data, offset)
+
+    async with cluster(tmp_path, 3) as toy:
+        leader = await toy.leader()
+        await toy.put(b"before")
+        monkeypatch.setattr(RealFile, "pwrite", writing)
+        await leader.kill()
+        rest = toy.alive()
+        await wait_until(lambda: len({*refused}) == 2, what="both to want to vote")
+        await trio.sleep(0.2)
+        assert not toy.leaders(), "no vote leaves before it is on stable storage"
+        is_full = False
+        await toy.put(b"after")
+        assert toy.alive() == rest

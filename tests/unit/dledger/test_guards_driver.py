@@ -125,10 +125,7 @@ async def test_4_2_a_clean_stop_is_marked(tmp_path: Path) -> None:
         node, driver = await alone(toy)
         assert not meta_of(driver).saved.clean
         await node.stop()
-        assert (
-            meta_of(driver).saved.clean
-            and meta_of(driver).saved.durable_index == driver.store.last_index
-        )
+        assert meta_of(driver).saved.clean and meta_of(driver).saved.durable_index == driver.store.last_index
 
 
 async def test_4_6_a_damaged_log_of_one_is_not_served(tmp_path: Path) -> None:
@@ -305,7 +302,7 @@ async def test_6_1_nothing_behind_the_commit_index_is_applied(tmp_path: Path) ->
 
 def test_4_9_a_trim_that_is_not_known_to_be_committed_waits() -> None:
     machine = ToyMachine()
-    replay = Replay(machine, SEGMENT, 5, 0)
+    replay = Replay(machine, SEGMENT, 5, (0, 0))
     replay.show(trim_entry(5, 2 * SEGMENT))
     assert machine.trims == [2 * SEGMENT] and replay.trimmed_position == 2 * SEGMENT
     replay.show(trim_entry(6, 3 * SEGMENT))
@@ -357,6 +354,8 @@ class Shelf:
             for number in range(segments)
         ]
         self.first_position = 0
+        self.position_end = segments * SEGMENT
+        self.durable_index = 2 * segments
         self.trims: list[int] = []
 
     def manifest(self) -> Any:
@@ -382,9 +381,10 @@ def retention(store: Shelf, *, applied: int, alone_for: float = 0.0, used: int =
         machine,
         get_logger("test"),
         cast(LogStore, store),
-        cast(Any, SimpleNamespace(look=look, usage=Usage(100 - used, 100))),
+        cast(Any, SimpleNamespace(look=look, usage=Usage(100 - used, 100), is_full=False)),
         segment_bytes=SEGMENT,
         propose=lambda plan: None,
+        tell_leader=lambda position: None,
         applied=lambda: applied,
         leased=lambda: None,
         removed=lambda: None,
@@ -396,6 +396,8 @@ def retention(store: Shelf, *, applied: int, alone_for: float = 0.0, used: int =
 async def test_4_9_segments_go_once_the_older_checkpoint_covers_them_too() -> None:
     store = Shelf(6)
     kept, machine = retention(store, applied=12)
+    kept.apply(trim_entry(12, 4 * SEGMENT))
+    machine.checkpoints_wanted = 0
     kept.checkpoint_saved(2)
     kept.checkpoint_saved(8)
     await kept._remove(4 * SEGMENT)

@@ -185,6 +185,7 @@ async def test_a_peer_of_version_1_is_asked_no_fetches() -> None:
     stream = Narrow()
     link = Link("n1", stream, MessageReader(MESSAGE_BYTES_MAX), 0.0, 1)  # type: ignore[arg-type]
     assert not link.send_fetch(Fetch(1, FetchKind.MANIFEST)) and not link._has_backlog
+    assert not link.send_trim_wanted(7) and not link._has_backlog
 
 
 async def test_4_15_a_removed_peers_connections_are_closed(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dledger.core.types import Entry, EntryType, frame_entry, next_position
-from dledger.errors import FormatError, LogDamaged, MetaDamaged, StoreFailed
+from dledger.errors import FormatError, LogDamaged, MetaDamaged, NoRoom, StoreFailed
 from dledger.store.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from dledger.store.faults import refuse_faults
 from dledger.store.format import Format, check_format, read_format
@@ -24,7 +25,7 @@ from dledger.store.meta import SLOT_DISTANCE, MetaFile
 from dledger.store.recovery import recover_log
 from dledger.store.rows import row_of
 from dledger.store.segments import segment_name
-from runtime.files import RealFiles
+from runtime.files import RealFile, RealFiles
 from runtime.model import Env
 from runtime.testing import test_env
 
@@ -589,3 +590,31 @@ async def test_lost_rows_folder_is_made_again(tmp_path: Path) -> None:
 
 def no_room(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+async def test_meta_slots_find_room_later_and_keep_the_last_word_until_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = test_env(tmp_path)
+    format_folder(env, str(tmp_path), IDENTITY)
+    meta = MetaFile.open(env.files, str(tmp_path), IDENTITY)
+    await meta.save_hard_state(3, "n1")
+    pwrite = RealFile.pwrite
+    writes: list[int] = []
+
+    def full(self: RealFile, data: Any, offset: int) -> None:
+        writes.append(offset)
+        if len(writes) % 2 == 0:
+            raise OSError(errno.ENOSPC, "full")
+        pwrite(self, data, offset)
+
+    monkeypatch.setattr(RealFile, "pwrite", full)
+    for _ in range(2):
+        with pytest.raises(NoRoom):
+            await meta.save_hard_state(4, "n2")
+    assert writes[0] == writes[2], "the pair that holds the last word is not touched"
+    assert (meta.saved.term, meta.saved.vote) == (3, "n1")
+    monkeypatch.undo()
+    await meta.save_hard_state(5, None)
+    found = MetaFile.open(env.files, str(tmp_path), IDENTITY).saved
+    assert (found.term, found.vote) == (5, None) == (meta.saved.term, meta.saved.vote)

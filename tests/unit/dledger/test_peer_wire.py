@@ -16,6 +16,7 @@ from dledger.wire import _RAFT_KINDS as RAFT_KINDS
 from dledger.wire import (
     KIND_APP,
     KIND_HELLO,
+    KIND_TRIM_WANTED,
     MESSAGE_BYTES_MAX,
     Hello,
     MessageReader,
@@ -23,8 +24,10 @@ from dledger.wire import (
     WireError,
     decode_hello,
     decode_raft,
+    decode_trim_wanted,
     encode,
     encode_raft,
+    encode_trim_wanted,
     is_proof,
     prove,
 )
@@ -127,6 +130,17 @@ def test_app_payload_passes_untouched() -> None:
 
 def hello(node: str = "n0", nonce: bytes = bytes(16)) -> Hello:
     return Hello(1, "c", "cu", "g", "gu", node, "n1", "boot", 65_536, nonce)
+
+
+def test_a_wish_for_a_trim_is_read_back_or_refused() -> None:
+    (received,) = MessageReader().feed(b"".join(map(bytes, encode_trim_wanted(5 << 30))))
+    assert (received.kind, decode_trim_wanted(received)) == (KIND_TRIM_WANTED, 5 << 30)
+    wrong: list[list[object]] = [[], [1, 2], ["1"], [-1], [1 << 63], [True]]
+    for fields in wrong:
+        with pytest.raises(WireError, match="wish for a trim"):
+            decode_trim_wanted(Received(KIND_TRIM_WANTED, fields, memoryview(b"")))
+    with pytest.raises(WireError, match="wish for a trim"):
+        decode_trim_wanted(Received(KIND_TRIM_WANTED, [1], memoryview(b"x")))
 
 
 def test_hello_is_read_back_or_refused() -> None:

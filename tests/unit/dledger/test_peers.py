@@ -28,6 +28,7 @@ class Recorder:
     def __init__(self) -> None:
         self.messages: list[tuple[str, Message]] = []
         self.payloads: list[tuple[str, bytes]] = []
+        self.trims_wanted: list[tuple[str, int]] = []
         self.ups: list[str] = []
         self.losses: list[tuple[str, bool]] = []
         self.lines: list[tuple[str, dict[str, Any]]] = []
@@ -37,6 +38,9 @@ class Recorder:
 
     def on_app_message(self, peer: str, payload: bytes) -> None:
         self.payloads.append((peer, payload))
+
+    def on_trim_wanted(self, peer: str, position: int) -> None:
+        self.trims_wanted.append((peer, position))
 
     def on_peer_up(self, peer: str) -> None:
         self.ups.append(peer)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from dledger.config import GroupConfig
 from dledger.core.types import EntryType, frame_entry
 from dledger.driver import Driver
 from dledger.errors import LedgerError, NotLeader
+from dledger.lone_trim import LONE_TRIM_FILE, drop_lone_trim, read_lone_trim, write_lone_trim
 from dledger.peers import Peers
 from dledger.retention import Closed, Plan, Situation, decide, decode_trim, encode_trim, trim_base
-from runtime.files import RealFiles
+from dledger.store.checkpoint import read_checkpoint
+from runtime.files import RealFile, RealFiles
 from runtime.testing import wait_until
 from tests.unit.dledger.dledger_toy import Node, ToyCluster, toy_env
 
@@ -43,7 +46,7 @@ def situation(ages_hours: Sequence[float | None], **changes: Any) -> Situation:
         hour=4,
         segments=segments,
         first_position=0,
-        end_position=(len(ages_hours) + 3) * SEGMENT,
+        files_end=(len(ages_hours) + 3) * SEGMENT,
         floor=1 << 60,
         disk_free=50,
         disk_total=100,
@@ -85,7 +88,7 @@ def test_the_size_of_the_log_is_limited_when_asked_for() -> None:
     now = situation([1, 1, 1, 1], hour=12)
     assert decide(config(), now) is None
     plan = decide(config(retention_bytes=5 * SEGMENT), now)
-    assert plan == Plan(2 * SEGMENT, False, f"the log holds more than {5 * SEGMENT} bytes")
+    assert plan == Plan(2 * SEGMENT, False, f"its files hold more than {5 * SEGMENT} bytes")
     assert decide(config(retention_bytes=7 * SEGMENT), now) is None
     aged = decide(config(retention_bytes=6 * SEGMENT), situation([80, 80, 1, 1]))
     assert aged == Plan(2 * SEGMENT, False, "older than 72 hours"), "what is old already makes it small enough"
@@ -380,3 +383,274 @@ async def test_segments_that_a_peer_fetches_stay(tmp_path: Path) -> None:
         assert node.running.first_position == SEGMENT
         leased[0] = None
         await wait_for_removal(toy, 3 * SEGMENT)
+
+
+# Over a restart
+
+
+async def test_a_trim_that_a_checkpoint_covers_is_carried_out_after_a_restart(tmp_path: Path) -> None:
+    """The next start sees no TRIM entry; what it gave up must go all the same, and be shown no more."""
+    async with cluster(tmp_path, 1) as toy:
+        await fill(toy, 5)
+        node = toy.nodes["n0"]
+        driver = driver_of(node)
+        driver.retention._leased = lambda: 0
+        driver.trim_to(SEGMENT)
+        driver.trim_to(2 * SEGMENT)
+        await wait_until(lambda: node.machine.trims == [SEGMENT, 2 * SEGMENT], what="the trims")
+        await toy.put(b"behind the trim")
+        save_checkpoints(toy)
+        await node.kill()
+        checkpoint = read_checkpoint(toy.env.files, str(node.folder))
+        assert checkpoint is not None and checkpoint.trimmed_position == 2 * SEGMENT
+        await node.start()
+        assert node.machine.trims == [2 * SEGMENT], "shown once, although the entry is not read again"
+        await wait_until(lambda: node.running.first_position == 2 * SEGMENT, what="segments to go")
+
+
+async def test_a_checkpoint_tells_what_was_given_up_by_the_entry_that_it_covers(tmp_path: Path) -> None:
+    """Not what a later TRIM gave up: a power loss may take that one back."""
+    async with cluster(tmp_path, 1) as toy:
+        await fill(toy, 5)
+        node = toy.nodes["n0"]
+        driver = driver_of(node)
+        before = node.machine.checkpoint()
+        driver.trim_to(SEGMENT)
+        await wait_until(lambda: node.machine.trims == [SEGMENT], what="the first trim")
+        await toy.put(b"between")
+        between = node.machine.checkpoint()
+        driver.trim_to(2 * SEGMENT)
+        await wait_until(lambda: node.machine.trims == [SEGMENT, 2 * SEGMENT], what="the second trim")
+        for (index, blob), trimmed in ((before, 0), (between, SEGMENT)):
+            node.running.save_checkpoint(index, blob)
+            checkpoint = read_checkpoint(toy.env.files, str(node.folder))
+            assert checkpoint is not None and (checkpoint.index, checkpoint.trimmed_position) == (index, trimmed)
+
+
+async def test_nothing_is_removed_on_the_word_of_an_entry_that_a_power_loss_may_take_back(tmp_path: Path) -> None:
+    async with cluster(tmp_path, 1, flush_interval_ms=60_000) as toy:
+        await fill(toy, 5)
+        node = toy.nodes["n0"]
+        driver = driver_of(node)
+        await driver.store.sync()
+        save_checkpoints(toy)
+        driver.trim_to(SEGMENT)
+        await wait_until(lambda: node.machine.trims == [SEGMENT], what="the trim")
+        save_checkpoints(toy)
+        for _ in range(5):
+            await trio.sleep(retention.REMOVE_SECONDS)
+        assert node.running.first_position == 0
+        await driver.store.sync()
+        await wait_until(lambda: node.running.first_position == SEGMENT, what="segments to go")
+
+
+async def test_who_trimmed_alone_knows_it_after_a_restart_until_the_group_has_trimmed_as_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = [50]
+    monkeypatch.setattr(RealFiles, "free_space", lambda self, path: (free[0] * SEGMENT, 100 * SEGMENT))
+    monkeypatch.setattr(retention, "DECIDE_SECONDS", 0.05)
+    monkeypatch.setattr(retention, "ALONE_AFTER_SECONDS", 0.1)
+    async with cluster(tmp_path) as toy:
+        await fill(toy, 7, toy.env.clock.wall_ms())
+        save_checkpoints(toy)
+        await toy.leader()
+        lone, *rest = toy.alive()
+        for node in rest:
+            await node.kill()
+        free[0] = 12
+        note = lone.folder / LONE_TRIM_FILE
+        await wait_until(lambda: lone.running.first_position >= 2 * SEGMENT, what="segments to go")
+        assert note.exists(), "noted before the first segment goes"
+        free[0] = 50
+        position = lone.running.first_position
+        await lone.kill()
+        await lone.start()
+        await wait_until(lambda: not lone.running.statistics().disk_ok, what="the node to be unfit again")
+        for node in rest:
+            await node.start()
+        leader = await toy.leader()
+        assert leader is not lone
+        await toy.level()
+        driver_of(leader).trim_to(position - SEGMENT)
+        await wait_until(lambda: lone.running.statistics().counters["trims"] == 1, what="a smaller trim")
+        assert driver_of(lone).retention.is_unfit and note.exists(), "its log still begins later than agreed"
+        driver_of(leader).trim_to(position)
+        await wait_until(lambda: lone.running.statistics().disk_ok, what="the group's trim")
+        await wait_until(lambda: not note.exists(), what="the note to be gone")
+        await lone.kill()
+        await lone.start()
+        assert not driver_of(lone).retention.is_unfit
+
+
+def test_a_note_that_cannot_be_read_stands_for_all_that_is_gone(tmp_path: Path) -> None:
+    files, folder = RealFiles(), str(tmp_path)
+    assert read_lone_trim(files, folder, 5 * SEGMENT) is None
+    write_lone_trim(files, folder, 3 * SEGMENT)
+    assert read_lone_trim(files, folder, 5 * SEGMENT) == 3 * SEGMENT
+    assert read_lone_trim(files, folder, 2 * SEGMENT) == 2 * SEGMENT, "what is there yet is not owed"
+    whole = (tmp_path / LONE_TRIM_FILE).read_bytes()
+    for damaged in [whole[:-1], *(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in range(len(whole)))]:
+        (tmp_path / LONE_TRIM_FILE).write_bytes(damaged)
+        assert read_lone_trim(files, folder, 5 * SEGMENT) == 5 * SEGMENT
+    drop_lone_trim(files, folder)
+    drop_lone_trim(files, folder)
+    assert read_lone_trim(files, folder, 5 * SEGMENT) is None
+
+
+async def test_a_note_for_which_there_is_no_room_follows_the_removal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+
+    def write(files: Any, folder: str, position: int) -> None:
+        written.append(position)
+        if len(written) == 1:
+            raise OSError(errno.ENOSPC, "full")
+        write_lone_trim(files, folder, position)
+
+    monkeypatch.setattr(retention, "write_lone_trim", write)
+    monkeypatch.setattr(RealFiles, "free_space", lambda self, path: (10, 100))
+    monkeypatch.setattr(retention, "DECIDE_SECONDS", 0.05)
+    monkeypatch.setattr(retention, "ALONE_AFTER_SECONDS", 0.1)
+    monkeypatch.setattr("dledger.disk_watch.USAGE_SECONDS", 60.0)
+    async with cluster(tmp_path, disk_watermarks=(0.75, 0.85, 1.0)) as toy:
+        await fill(toy, 6, toy.env.clock.wall_ms())
+        save_checkpoints(toy)
+        lone, *rest = toy.alive()
+        for node in rest:
+            await node.kill()
+        await wait_until(lambda: lone.running.first_position > 0, what="segments to go")
+        await wait_until(lambda: (lone.folder / LONE_TRIM_FILE).exists(), what="the note")
+
+
+# Sizes and disks
+
+
+def checkpoint_when_asked(toy: ToyCluster) -> None:
+    """As a broker does."""
+    for node in toy.alive():
+
+        def save(node: Node = node) -> None:
+            index, blob = node.machine.checkpoint()
+            node.running.save_checkpoint(index, blob)
+
+        node.machine.checkpoint_soon = save  # type: ignore[method-assign]
+
+
+async def test_a_log_that_is_limited_is_looked_at_whenever_a_segment_is_closed(tmp_path: Path) -> None:
+    """Nobody waits for the next regular look: under load that would be late."""
+    limit = 5 * SEGMENT
+    async with cluster(tmp_path, retention_bytes=limit) as toy:
+        checkpoint_when_asked(toy)
+        sizes: list[int] = []
+        for _ in range(12):
+            await fill(toy, 1)
+            with suppress(AssertionError):
+                await wait_until(
+                    lambda: all(len(segments(node)) * SEGMENT <= limit for node in toy.alive()), limit=1.0, what="room"
+                )
+            sizes.append(max(len(segments(node)) for node in toy.alive()))
+        assert max(sizes) * SEGMENT <= limit, sizes
+        assert all(node.running.first_position >= 8 * SEGMENT for node in toy.alive())
+
+
+def segments(node: Node) -> list[Path]:
+    return [path for path in (node.folder / "log").iterdir() if path.name.isdigit()]
+
+
+def disks(monkeypatch: pytest.MonkeyPatch, free: dict[str, int], total: int) -> None:
+    """Each node has a disk of its own."""
+    monkeypatch.setattr(RealFiles, "free_space", lambda self, path: (free[Path(path).name], total))
+
+
+async def test_a_follower_whose_disk_fills_up_brings_about_a_trim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = 100 * SEGMENT
+    free = {f"n{number}": 50 * SEGMENT for number in range(3)}
+    disks(monkeypatch, free, total)
+    monkeypatch.setattr(retention, "DECIDE_SECONDS", 0.05)
+    monkeypatch.setattr(retention, "PRESSED_SECONDS", 0.05)
+    async with cluster(tmp_path) as toy:
+        await fill(toy, 6, toy.env.clock.wall_ms())
+        leader = await toy.leader()
+        small = next(node for node in toy.alive() if node is not leader)
+        await trio.sleep(0.2)
+        assert not leader.machine.trims
+        free[small.node_id] = 13 * SEGMENT
+        await wait_until(lambda: all(node.machine.trims for node in toy.alive()), what="the trim")
+        assert leader.machine.trims == [2 * SEGMENT], "as much as that disk needs"
+        await trio.sleep(0.3)
+        assert leader.machine.trims == [2 * SEGMENT], "and no more while it has yet to remove it"
+        assert driver_of(small).retention.counters["trimmed_alone"] == 0
+
+
+async def test_a_leader_gives_no_more_than_may_go_to_a_follower_that_wants_it(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as toy:
+        await fill(toy, 5)
+        leader = await toy.leader()
+        end = leader.running.end_position - leader.running.end_position % SEGMENT
+        follower = next(node for node in toy.alive() if node is not leader)
+        driver_of(follower).retention._tell_leader(1 << 50)
+        await wait_until(lambda: leader.machine.trims, what="the trim")
+        assert leader.machine.trims == [end - 2 * SEGMENT]
+        driver_of(follower).on_trim_wanted(leader.node_id, 1 << 50)
+        assert not driver_of(follower).retention._wanted, "who does not lead is told by mistake"
+
+
+async def test_a_follower_whose_log_takes_nothing_helps_itself_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A TRIM is an entry: it cannot come to a log for which there is no room."""
+    total = 100 * SEGMENT
+    free = {f"n{number}": 50 * SEGMENT for number in range(3)}
+    disks(monkeypatch, free, total)
+    monkeypatch.setattr(retention, "ALONE_AFTER_SECONDS", 0.1)
+    monkeypatch.setattr(retention, "PRESSED_SECONDS", 0.05)
+    monkeypatch.setattr("dledger.disk_watch.USAGE_SECONDS", 0.05)
+    monkeypatch.setattr("dledger.flusher.DISK_FULL_RETRY_SECONDS", 0.05)
+    allocate = RealFile.allocate
+    async with cluster(tmp_path) as toy:
+        await fill(toy, 5, toy.env.clock.wall_ms())
+        save_checkpoints(toy)
+        leader = await toy.leader()
+        small = next(node for node in toy.alive() if node is not leader)
+        others = [node for node in toy.alive() if node is not small]
+
+        def allocating(self: RealFile, nbytes: int) -> None:
+            if f"/{small.node_id}/" in self.path and len(segments(small)) >= held:
+                raise OSError(errno.ENOSPC, "full")
+            allocate(self, nbytes)
+
+        held = len(segments(small))
+        monkeypatch.setattr(RealFile, "allocate", allocating)
+        driver_of(leader).retention.wanted_by = lambda peer, position: None  # type: ignore[method-assign]
+        free[small.node_id] = 12 * SEGMENT
+        end = leader.running.end_position + 4 * SEGMENT
+        number = 0
+        while leader.running.end_position < end:
+            for _ in range(200):
+                number += 1
+                leader.machine.put(leader.running, b"more %d" % number, lambda outcome: None)
+            await toy.env.clock.sleep(0.01)
+        await wait_until(lambda: small.running.first_position > 0, what="the follower to help itself")
+        free[small.node_id] = 50 * SEGMENT
+        assert driver_of(small).retention.counters["trimmed_alone"] >= 1 and (small.folder / LONE_TRIM_FILE).exists()
+        assert all(node.running.first_position == 0 for node in others)
+        held = 1000
+        await toy.level()
+        assert driver_of(small).retention.is_unfit
+
+
+async def test_after_a_restart_both_checkpoints_count_at_once(tmp_path: Path) -> None:
+    """On a disk without room for the next checkpoint, what the two on it cover may go."""
+    async with cluster(tmp_path, 1) as toy:
+        await fill(toy, 6)
+        save_checkpoints(toy)
+        node = toy.nodes["n0"]
+        await node.kill()
+        await node.start()
+        await toy.leader()
+        driver_of(node).trim_to(2 * SEGMENT)
+        await wait_until(lambda: node.running.first_position == 2 * SEGMENT, what="segments to go")

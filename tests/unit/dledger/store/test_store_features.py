@@ -17,9 +17,11 @@ from dledger.core.types import EntryType
 from dledger.errors import LogDamaged, StoreFailed
 from dledger.store.base import BaseRecord
 from dledger.store.checkpoint import _HEADER_1 as HEADER_1
+from dledger.store.checkpoint import _HEADER_2 as HEADER_2
 from dledger.store.checkpoint import (
     CHECKPOINT_MAGIC,
     Checkpoint,
+    covered_indexes,
     drop_checkpoints,
     read_checkpoint,
     unpack_checkpoint,
@@ -353,6 +355,18 @@ def test_checkpoints_are_kept_in_pairs_and_version_1_is_read(tmp_path: Path) -> 
     assert read_checkpoint(files, folder, up_to=10) == Checkpoint(7, b"old")
     assert drop_checkpoints(files, folder, above=8) == [11]
     assert read_checkpoint(files, folder) == Checkpoint(7, b"old")
+
+
+def test_a_checkpoint_of_version_2_is_read_and_tells_of_no_trim(tmp_path: Path) -> None:
+    files, folder = RealFiles(), str(tmp_path)
+    header = HEADER_2.pack(CHECKPOINT_MAGIC, 2, 0, 7, 3, crc32(b"old"), 4, 2, crc32(b"ab"), 0)[:-4]
+    (tmp_path / "checkpoint").write_bytes(header + crc32(header).to_bytes(4, "little") + b"ab" + b"old")
+    assert read_checkpoint(files, folder) == Checkpoint(7, b"old", b"ab", 4)
+    write_checkpoint(files, folder, 9, b"nine", config=b"abc", config_index=4, trimmed_position=1 << 40)
+    assert read_checkpoint(files, folder) == Checkpoint(9, b"nine", b"abc", 4, 1 << 40)
+    assert covered_indexes(files, folder) == (7, 9)
+    (tmp_path / "checkpoint").write_bytes(b"damaged")
+    assert covered_indexes(files, folder) == (7, 0)
 
 
 async def test_scenario_12_torn_tail_of_several_frames_then_more(tmp_path: Path) -> None:
