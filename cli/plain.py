@@ -37,7 +37,10 @@ def hints(config: ClusterConfig) -> str:
 def ready_lines(config: ClusterConfig, document: dict[str, Any]) -> str:
     """After `up --detach`."""
     lines = [f"{node['name']:6} {node['listen']:21} pid {node['pid']}" for node in document["nodes"]]
-    return "\n".join([*lines, promise(config), hints(config), f"stop it: quorate down --data {document['data']}"])
+    notice = [f"! {document['notice']}; see quorate doctor"] if "notice" in document else []
+    return "\n".join(
+        [*lines, *notice, promise(config), hints(config), f"stop it: quorate down --data {document['data']}"]
+    )
 
 
 def step_line(config: ClusterConfig, event: Event, started_ms: int) -> str:

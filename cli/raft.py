@@ -560,7 +560,7 @@ async def _recover(name: str, is_accepted: bool, target: Target, as_json: bool) 
     async with reached(target) as cluster:
         group, node = cluster.node(name)
         assert node.said is not None
-        if node.said["state"] == "repairing":
+        if node.said["state"] == "repairing" or node.said.get("damaged"):
             text, risk = _what_is_given_up(group, node.said)
             otherwise, then = "Keep the other nodes running", "the node goes on without it"
         elif node.said["recovering"]:
@@ -598,9 +598,11 @@ def _what_is_at_risk(group: GroupView, said: Mapping[str, Any]) -> tuple[str, di
 def _what_is_given_up(group: GroupView, said: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Where a node's log is damaged, and maybe nobody can supply what it waits for."""
     waits_for = said["waits_for"] or "its peers"
-    text = (
-        f"The log of {group.name}/{said['node_id']} is damaged, and it waits for {waits_for}. What no node can supply "
-        "is given up: the log is cut before it, and the rest comes from the leader"
-    )
+    damaged = [(int(first), int(last)) for first, last in said.get("damaged", ())]
+    text = f"The log of {group.name}/{said['node_id']} is damaged, and it waits for {waits_for}. "
+    if damaged:
+        shown = ", ".join(number(at) if at == last else f"{number(at)} to {number(last)}" for at, last in damaged)
+        text += f"Damaged are entries {shown}. "
+    text += "What no node can supply is given up: the log is cut before it, and the rest comes from the leader"
     silent = [node.address for node in group.nodes if node.said is None]
-    return text, {"waits_for": waits_for, "not_answering": silent}
+    return text, {"damaged": damaged, "waits_for": waits_for, "not_answering": silent}

@@ -144,6 +144,8 @@ async def _stop_on_signals(
 async def _when_ready(supervisor: Supervisor, view: View, daemon: Daemon | None, as_json: bool) -> None:
     await supervisor.ready.wait()
     document = supervisor.state().document(supervisor.layout.data)
+    if supervisor.notice:
+        document["notice"] = supervisor.notice
     if daemon is not None:
         daemon.report(document)
     elif as_json:

@@ -175,10 +175,13 @@ def _troubles(about: str, said: Mapping[str, Any]) -> Iterator[Finding]:
             about,
             "bad",
             f"its log is damaged and waits for {waits}",
-            "keep the other nodes running; what none of them has, only a backup has: quorate restore",
+            "keep the other nodes running; what none of them has, only a backup has (quorate restore); to go on "
+            f"without it: quorate raft recover {about}",
         )
     elif said["state"] == "installing":
-        yield Finding(about, "warning", "is being filled with log files by its peers")
+        waits = said.get("waits_for")
+        text = "is being filled with log files by its peers"
+        yield Finding(about, "warning", f"{text}: {waits}" if waits else text)
     power_lost_index = said.get("power_lost_index")
     if power_lost_index is not None:
         yield Finding(

@@ -12,7 +12,7 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import trio
 from attrs import define, field, frozen
@@ -43,6 +43,9 @@ from runtime.processes import (
     own_process_id,
 )
 
+if TYPE_CHECKING:
+    from cluster.raft_groups import GroupView
+
 RESTART_AFTER_S = 1.0
 RESTART_AFTER_FAILED_STARTS_S = 10.0
 FAILED_STARTS_MAX = 5
@@ -50,6 +53,8 @@ FAILED_STARTS_MAX = 5
 READY_WITHIN_S = 30.0
 STOP_WITHIN_S = 8.0
 DOUBLED_WITHIN_S = 0.5
+MENDING = frozenset({"repairing", "installing"})
+"""States of a log in which its node is at work, however long it takes."""
 RESTART_DRAIN_S = 2.0
 EVENTS_KEPT = 200
 LOG_TAIL_LINES = 8
@@ -128,7 +133,9 @@ class Supervisor:
         self.config = config
         self.layout = layout
         self.ready = trio.Event()
-        """A leader leads each raft group and every node is up."""
+        """Every node is up, and a leader leads each raft group, or its nodes are mending their logs."""
+        self.notice = ""
+        """Which raft groups have no leader yet, although it is ready, and why."""
         self.events: deque[Event] = deque(maxlen=EVENTS_KEPT)
         self._env = env
         self._restarts = restarts_dead_nodes
@@ -228,6 +235,7 @@ class Supervisor:
         scope.cancel()
 
     async def _wait_ready(self) -> None:
+        """Raises NotReadyInTime; not where nodes mend their logs, which may take long and needs all of them alive."""
         try:
             with self._env.clock.fail_after(READY_WITHIN_S):
                 for slot in self._slots.values():
@@ -235,19 +243,38 @@ class Supervisor:
                 for leadership in self._leaderships.values():
                     await leadership.known.wait()
         except trio.TooSlowError:
-            raise NotReadyInTime(await self._what_is_missing()) from None
+            self.notice = await self._what_mends()
+            if not self.notice:
+                raise NotReadyInTime(await self._what_is_missing()) from None
         assert self._identity is not None
         self._identity = self._identity.formatted()
         self._unformatted = frozenset()
         write_identity(self._env.files, self.layout, self._identity)
         seconds = (self._env.clock.wall_ms() - self._started_ms) / 1000
-        self._tell("all_ready", None, f"ready in {seconds:.1f} s")
+        self._tell("all_ready", None, f"ready in {seconds:.1f} s" + (f"; {self.notice}" if self.notice else ""))
+
+    async def _what_mends(self) -> str:
+        """Where all that is missing are leaders of raft groups whose nodes mend their logs: what these wait for."""
+        if not all(slot.ready.is_set() for slot in self._slots.values()):
+            return ""
+        texts = []
+        for view in await self._views_of(self._leaderless()):
+            said = [node.said for node in view.answering if node.said is not None]
+            mending = [each for each in said if each["state"] in MENDING]
+            if not mending:
+                return ""
+            nodes = ", ".join(f"{each['node_id']} is {each['state']}: {each['waits_for']}" for each in mending)
+            texts.append(f"{view.name} has no leader yet ({nodes})")
+        return "; ".join(texts)
+
+    def _leaderless(self) -> list[str]:
+        return [name for name, leadership in self._leaderships.items() if not leadership.known.is_set()]
 
     async def _what_is_missing(self) -> str:
         late = [slot.node.name for slot in self._slots.values() if not slot.ready.is_set()]
         if late:
             return f"{', '.join(late)} not ready within {READY_WITHIN_S:.0f} s\n{self._log_tail(late[0])}"
-        leaderless = [name for name, leadership in self._leaderships.items() if not leadership.known.is_set()]
+        leaderless = self._leaderless()
         return "\n".join(
             [
                 f"no leader of {', '.join(leaderless)} within {READY_WITHIN_S:.0f} s; logs are in {self.layout.logs}",
@@ -257,16 +284,21 @@ class Supervisor:
 
     async def _troubles_of(self, groups: Sequence[str]) -> list[str]:
         """What the doctor has to say about raft groups without leader."""
-        import quorate
         from cluster.doctor import check_group
+
+        views = await self._views_of(groups)
+        found = [finding for view in views for finding in check_group(view, None) if finding.level != "ok"]
+        return [f"  {finding.about}: {finding.text}" for finding in found]
+
+    async def _views_of(self, groups: Sequence[str]) -> list[GroupView]:
+        """What the nodes of raft groups say."""
+        import quorate
         from cluster.raft_groups import view_groups
 
         nodes = self.config.nodes()
         addresses = {name: [str(node.listen) for node in nodes if node.group == name] for name in groups}
         async with quorate.connect(self.config.namesrv_addresses(), env=self._env) as client:
-            views = await view_groups(self._env, client, addresses)
-        found = [finding for view in views for finding in check_group(view, None) if finding.level != "ok"]
-        return [f"  {finding.about}: {finding.text}" for finding in found]
+            return await view_groups(self._env, client, addresses)
 
     async def _refuse_taken_ports(self) -> None:
         """Better one sentence now than four nodes that fail. A second's grace: a killed cluster may just be leaving."""

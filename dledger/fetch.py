@@ -7,6 +7,9 @@ every entry and its chain again before it builds on it.
 
 An entry that the answering node does not have is a definite no (ABSENT) only where nothing of its own log can have been
 forgotten: a node that is recovering, blank or damaged there says UNSURE or DAMAGED instead.
+
+Segments that somebody copies are leased: they are not removed until the copy is complete, or its maker is silent, or
+away, for too long.
 """
 
 from __future__ import annotations
@@ -41,6 +44,13 @@ SILENT_SECONDS_MAX = 10.0
 """An answer whose next piece takes longer will not come."""
 LEASE_SECONDS = 600.0
 """How long segments are kept for a peer that stopped asking in the middle of a transfer (raft.md 4.7)."""
+LEASE_AWAY_SECONDS = 120.0
+"""And for one whose connection has ended, or that has all it wanted and puts it in place now."""
+LEASES_MAX = 64
+CHECKPOINTS_MAX = 2
+"""So many checkpoints are in memory for peers that fetch them; who wants another one has to wait."""
+CHECKPOINT_IDLE_SECONDS = 30.0
+"""A checkpoint whose next part nobody asks for is given up."""
 
 
 @frozen
@@ -63,8 +73,17 @@ class Answer:
 class Source(Protocol):
     """What a node can give."""
 
-    async def answer(self, fetch: Fetch) -> Answer:
-        """Checkpoint. Raises LogDamaged when the log turns out to be damaged there."""
+    async def answer(self, peer: str, fetch: Fetch) -> Answer:
+        """To a peer's question. Checkpoint. Raises LogDamaged when the log turns out to be damaged there."""
+
+
+@define
+class _Sent:
+    """A checkpoint file's content while a peer fetches it."""
+
+    content: bytes
+    identity: int
+    asked_at: float
 
 
 class LogSource:
@@ -90,10 +109,11 @@ class LogSource:
         self._committed = committed
         self._is_sure = is_sure
         self._faults = faults
-        self._checkpoint = b""
-        """Content of the checkpoint while a peer fetches it."""
+        self._monotonic = env.clock.monotonic
+        self._checkpoints: dict[str, _Sent] = {}
+        """By the peer that fetches it. Peers that began at the same one share the bytes."""
 
-    async def answer(self, fetch: Fetch) -> Answer:
+    async def answer(self, peer: str, fetch: Fetch) -> Answer:
         if fetch.kind is FetchKind.ENTRIES:
             return await self._entries(fetch.first, fetch.last, fetch.number)
         if self._faults:
@@ -103,7 +123,7 @@ class LogSource:
             return await self._manifest()
         if fetch.kind is FetchKind.CHUNK:
             return await self._chunk(fetch.first, fetch.last, fetch.number)
-        return await self._checkpoint_piece(fetch.first, fetch.last, fetch.number)
+        return await self._checkpoint_piece(peer, fetch.first, fetch.last, fetch.number)
 
     async def _entries(self, first: int, last: int, prev_crc: int) -> Answer:
         await trio.lowlevel.checkpoint()
@@ -144,6 +164,9 @@ class LogSource:
 
     async def _chunk(self, base: int, offset: int, nbytes: int) -> Answer:
         store = self._store
+        if not nbytes:
+            await trio.lowlevel.checkpoint()
+            return Answer(FetchStatus.OK)  # the asker's last word: see FetchServer
         end = min(base + self._segment_bytes, store.end_of(self._committed()))
         if base % self._segment_bytes or not 0 < nbytes <= CHUNK_BYTES_MAX or base + offset + nbytes > end:
             await trio.lowlevel.checkpoint()
@@ -156,21 +179,38 @@ class LogSource:
             return Answer(FetchStatus.GONE, reason="trimmed meanwhile")
         return Answer(FetchStatus.OK, data)
 
-    async def _checkpoint_piece(self, offset: int, nbytes: int, identity: int) -> Answer:
+    async def _checkpoint_piece(self, peer: str, offset: int, nbytes: int, identity: int) -> Answer:
         if offset == 0:
-            self._checkpoint = await self._env.run_in_thread(self._read_checkpoint)
+            refusal = await self._begin_checkpoint(peer)
+            if refusal is not None:
+                return refusal
         else:
             await trio.lowlevel.checkpoint()
-        content = self._checkpoint
-        if not content:
-            return Answer(FetchStatus.ABSENT if offset == 0 else FetchStatus.GONE, reason="there is no checkpoint")
-        found = crc32(content)
-        if offset and identity != found:
-            return Answer(FetchStatus.GONE, reason="there is a newer checkpoint")
+        sent = self._checkpoints.get(peer)
+        if sent is None or (offset and identity != sent.identity):
+            return Answer(FetchStatus.GONE, reason="that checkpoint is not at hand any more")
+        sent.asked_at = self._monotonic()
+        content = sent.content
         piece = content[offset : offset + min(nbytes, CHUNK_BYTES_MAX)]
         if offset + len(piece) >= len(content):
-            self._checkpoint = b""
-        return Answer(FetchStatus.OK, piece, total=len(content), identity=found)
+            del self._checkpoints[peer]
+        return Answer(FetchStatus.OK, piece, total=len(content), identity=sent.identity)
+
+    async def _begin_checkpoint(self, peer: str) -> Answer | None:
+        """Have the newest checkpoint at hand for a peer; an answer where that cannot be."""
+        content = await self._env.run_in_thread(self._read_checkpoint)
+        idle_since = self._monotonic() - CHECKPOINT_IDLE_SECONDS
+        for other, sent in list(self._checkpoints.items()):
+            if other == peer or sent.asked_at < idle_since:
+                del self._checkpoints[other]
+        if not content:
+            return Answer(FetchStatus.ABSENT, reason="there is no checkpoint")
+        identity = crc32(content)
+        at_hand = {sent.identity: sent.content for sent in self._checkpoints.values()}
+        if identity not in at_hand and len(at_hand) >= CHECKPOINTS_MAX:
+            return Answer(FetchStatus.BUSY, reason="other nodes fetch older checkpoints now")
+        self._checkpoints[peer] = _Sent(at_hand.get(identity, content), identity, self._monotonic())
+        return None
 
     def _read_checkpoint(self) -> bytes:
         found = read_checkpoint(self._env.files, self._folder)
@@ -195,8 +235,22 @@ def committed_manifest(store: LogStore, segment_bytes: int, committed: int) -> M
     return Manifest(manifest.base, manifest.segment_bytes, tuple(segments)) if segments else None
 
 
+@define
+class _Lease:
+    """Segments from `position` on are promised to somebody, until `until`."""
+
+    position: int
+    until: float
+    link: Link | None = None
+    """The connection that it was asked for on."""
+
+
 class FetchServer:
-    """Answers the questions of peers, one after the other for each peer, all together at a bounded rate."""
+    """Answers the questions of peers, one after the other for each peer, all together at a bounded rate.
+
+    A peer that is told of segments has a lease of them, which every further question for a part prolongs. A question
+    for a part of no bytes says that it has them all: from then on only what follows them is leased, for a while.
+    """
 
     def __init__(self, env: Env, source: Source, bytes_per_second: int) -> None:
         self._env = env
@@ -208,7 +262,7 @@ class FetchServer:
         self._wake: dict[str, trio.Event] = {}
         self._new_peers: list[str] = []
         self._new_peer = trio.Event()
-        self._leases: dict[str, tuple[float, int]] = {}
+        self._leases: dict[str, _Lease] = {}
         self.on_damage: Callable[[LogDamaged], None] | None = None
         """Told when an answer finds damage in this node's own log."""
         self.bytes_sent = 0
@@ -242,10 +296,31 @@ class FetchServer:
     def leased_position(self) -> int | None:
         """Segments from this byte of the log on are needed by a transfer under way; None where there is none."""
         now = self._monotonic()
-        for peer, (until, _) in list(self._leases.items()):
-            if until < now:
-                del self._leases[peer]
-        return min([position for _, position in self._leases.values()], default=None)
+        for holder, lease in list(self._leases.items()):
+            if lease.link is not None and lease.link.is_closed:
+                lease.link, lease.until = None, min(lease.until, now + LEASE_AWAY_SECONDS)
+            if lease.until < now:
+                del self._leases[holder]
+        return min([lease.position for lease in self._leases.values()], default=None)
+
+    def lease(self, holder: str, position: int, seconds: float, link: Link | None = None) -> None:
+        """Have segments from this byte of the log on kept for somebody, for so long; instead of what was kept for
+        them so far."""
+        self._leases.pop(holder, None)
+        while len(self._leases) >= LEASES_MAX:
+            del self._leases[next(iter(self._leases))]
+        self._leases[holder] = _Lease(position, self._monotonic() + seconds, link)
+
+    def _lease_for(self, link: Link, fetch: Fetch, answer: Answer) -> None:
+        """What a question means for the asker's lease."""
+        peer = link.peer
+        if answer.leased_position is not None:
+            self.lease(peer, answer.leased_position, LEASE_SECONDS, link)
+        elif fetch.kind is FetchKind.CHUNK and peer in self._leases:
+            if fetch.number:
+                self.lease(peer, self._leases[peer].position, LEASE_SECONDS, link)
+            else:
+                self.lease(peer, fetch.first, LEASE_AWAY_SECONDS)
 
     async def _serve(self, peer: str) -> None:
         waiting = self._waiting[peer]
@@ -259,15 +334,12 @@ class FetchServer:
 
     async def _answer(self, link: Link, fetch: Fetch) -> None:
         try:
-            answer = await self._source.answer(fetch)
+            answer = await self._source.answer(link.peer, fetch)
         except LogDamaged as error:
             answer = Answer(FetchStatus.DAMAGED, reason=str(error))
             if self.on_damage is not None:
                 self.on_damage(error)
-        if answer.leased_position is not None:
-            self._leases[link.peer] = (self._monotonic() + LEASE_SECONDS, answer.leased_position)
-        elif fetch.kind is FetchKind.CHUNK and link.peer in self._leases:
-            self._leases[link.peer] = (self._monotonic() + LEASE_SECONDS, self._leases[link.peer][1])
+        self._lease_for(link, fetch, answer)
         data = memoryview(answer.data)
         offset = 0
         while True:
@@ -320,6 +392,17 @@ class FetchClient:
     def sources(self) -> list[str]:
         """Peers that can be asked now."""
         return self.peers.fetchable() if self.peers is not None else []
+
+    def too_old(self) -> list[str]:
+        """Peers that are connected, but run a version that cannot be asked."""
+        return self.peers.unfetchable() if self.peers is not None else []
+
+    def tell_complete(self, peer: str, position: int) -> None:
+        """Nothing before this byte of the log is wanted from a peer any more. To peers that do not know this word it
+        is a question without an answer."""
+        self._last_id += 1
+        if self.peers is not None:
+            self.peers.send_fetch(peer, Fetch(self._last_id, FetchKind.CHUNK, position))
 
     async def ask(self, peer: str, kind: FetchKind, first: int = 0, last: int = 0, number: int = 0) -> Answer:
         """One question; the status is BUSY where there is no answer. Checkpoint, cancel-safe."""

@@ -172,6 +172,7 @@ class RaftGroup:
             now,
             state=life.state,
             waits_for=life.waits_for,
+            damaged=life.phase.damaged if life.phase is not None else (),
             power_lost_index=life.power_lost_index,
             flush_interval_ms=self.config.flush_interval_ms,
             counters=counters,
@@ -340,9 +341,21 @@ class RaftGroup:
                 ) from error
 
     def accept_loss(self) -> None:
-        """The operator's word that what a power loss or damage took from this node is given up: it votes again."""
+        """The operator's word that what a power loss or damage took from this node is given up: it votes again; or,
+        where it repairs its log, cuts it before the first entries that nobody can supply, and recovers then.
+
+        Raises LedgerError with the reason why that cannot be.
+        """
         if self._driver is not None:
             self._driver.accept_loss()
+        else:
+            self._life.accept_loss()
+
+    def hold_segments(self, holder: str, position: int, seconds: float) -> None:
+        """Keep segments from this byte of the log on, for so long, for somebody who copies them; in place of what was
+        kept for the same holder so far. They count as trimmed all the same."""
+        if self._life.fetch_server is not None:
+            self._life.fetch_server.lease(holder, position, seconds)
 
     def trim_to(self, position: int, *, is_forced: bool = False) -> int:
         """Have the log before `position` given up on all members, in whole segments; returns up to where. Forced, also

@@ -23,11 +23,12 @@ from dledger.fetch import Answer, FetchClient
 from dledger.store.checkpoint import Checkpoint, unpack_checkpoint
 from dledger.store.log_store import LogStore
 from dledger.store.manifest import Manifest
+from dledger.store.meta import MetaFile
 from dledger.store.rows import DISK_FULL
-from dledger.store.staging import INCOMING_FOLDER, Staging, complete_install, decode_manifest
+from dledger.store.staging import INCOMING_FOLDER, INSTALL_MARK, Staging, complete_install, decode_manifest
 from dledger.wire import FetchKind, FetchStatus
 from runtime.logs import Logger
-from runtime.model import Env
+from runtime.model import Env, Files
 
 REQUEST_BYTES = 128 * 1024
 REQUESTS_UNDER_WAY = 2
@@ -38,7 +39,7 @@ CHECKPOINT_BYTES_MAX = 2 * 1024 * 1024 * 1024
 PAUSE_SECONDS_MIN = 0.05
 PAUSE_SECONDS_MAX = 2.0
 
-__all__ = ["Installer", "Pulled", "complete_install", "finish_install"]
+__all__ = ["Installer", "Pulled", "adds_to", "end_switch", "finish_install"]
 
 
 class _Failed(Exception):
@@ -89,6 +90,8 @@ class Installer:
         self.missing_bytes = 0
         """What is still to come of the present transfer."""
         self.waits_for = ""
+        self._lenders: set[str] = set()
+        """Sources that keep segments for this transfer."""
 
     async def pull(self, wanted_index: Callable[[], int], is_needed: Callable[[], bool]) -> Pulled | None:
         """Pull segments that reach entry `wanted_index()`, or at least further than this node's log does. None once
@@ -128,6 +131,7 @@ class Installer:
         begun = await env.run_in_thread(self._begun)
         fresh = await self._pull_checkpoint(source) if begun is None else None
         # Asked for in any case: from now on the source keeps its segments for us.
+        self._lenders.add(source)
         offered = _checked(await self._client.ask(source, FetchKind.MANIFEST), self._segment_bytes)
         pulled = begun if begun is not None else self._judge(Pulled(offered, fresh), wanted_index)
         staging = await env.run_in_thread(self._open_staging, pulled, begun is None)
@@ -157,6 +161,8 @@ class Installer:
                 self.missing_bytes -= nbytes
         finally:
             staging.close()
+        for peer in self._lenders:
+            self._client.tell_complete(peer, pulled.manifest.segments[-1].end_position)
         return pulled
 
     def _judge(self, pulled: Pulled, wanted_index: int) -> Pulled:
@@ -279,17 +285,42 @@ class Installer:
                 return content
 
 
-async def finish_install(env: Env, folder: str, pulled: Pulled) -> None:
+async def finish_install(env: Env, folder: str, pulled: Pulled, meta: MetaFile) -> None:
     """Verify what was pulled and put it in place of the log. Nothing may use the log meanwhile; a crash at any point
     ends in the old or the new one. Checkpoint. Raises LogDamaged, with the old log in place, where it does not fit
-    together; OSError where the disk fails.
+    together; OSError or StoreFailed where the disk fails.
     """
     staging = await env.run_in_thread(Staging.open, env.files, folder, pulled.manifest)
     try:
         await env.run_in_thread(staging.finish, pulled.checkpoint)
     finally:
         staging.close()
+    await end_switch(env, folder, meta)
+
+
+async def end_switch(env: Env, folder: str, meta: MetaFile) -> None:
+    """Carry a switch to fetched segments through, where one has begun; before every recovery. Checkpoint.
+
+    The durable mark is of the log that goes: over a shorter one it would be taken for damage at the end, which nobody
+    may be there to supply. What the old log held behind the new end either was never committed, or its loss has been
+    noted (the node is recovering). The manifest is the last thing that the switch removes, so a crash in between comes
+    back here. Raises OSError or StoreFailed where the disk fails.
+    """
+    new_end = await env.run_in_thread(_end_of_switch, env.files, folder)
+    if new_end is not None and meta.durable_mark > new_end:
+        await meta.save_mark(new_end)
     await env.run_in_thread(complete_install, env.files, folder)
+
+
+def _end_of_switch(files: Files, folder: str) -> int | None:
+    """The last entry of the log that a switch under way leads to; None where there is none, or it is over."""
+    path = f"{folder}/{INCOMING_FOLDER}/manifest"
+    if not files.exists(f"{folder}/{INSTALL_MARK}") or not files.exists(path):
+        return None
+    try:
+        return decode_manifest(files.read_bytes(path)).segments[-1].last_index
+    except ValueError:  # damaged since: what was verified is put in place all the same
+        return None
 
 
 def _checked(answer: Answer, segment_bytes: int) -> Manifest:

@@ -24,7 +24,7 @@ from dledger.driver import Driver
 from dledger.errors import CoreStopped, LedgerError, LogDamaged, Reopen
 from dledger.fetch import Exchange, FetchClient, FetchServer, LogSource
 from dledger.identity import identify
-from dledger.install import Installer, Pulled, complete_install, finish_install
+from dledger.install import Installer, Pulled, end_switch, finish_install
 from dledger.machine import StateMachine
 from dledger.open_batch import OpenBatch
 from dledger.peers import Peers
@@ -41,6 +41,7 @@ from dledger.store.meta import MetaFile, boot_tag
 from dledger.store.options import StoreOptions
 from dledger.store.recovery import RecoveredLog
 from dledger.store.rows import DISK_FULL
+from dledger.store.walk import LastEntry
 from runtime.logs import Logger
 from runtime.model import Env, Listener
 
@@ -99,6 +100,10 @@ class LifeCycle:
         self._catch_up: SegmentCatchUp | None = None
         self._pulled: Pulled | None = None
         self._lacks_tables = False
+        self._last_written: LastEntry | None = None
+        """What the last run of this process wrote last, where the log is opened anew behind it."""
+        self.fetch_server: FetchServer | None = None
+        """Of the run that serves the log now."""
         self._stopped = trio.Event()
         self._stop_wanted = trio.Event()
         self._is_started = False
@@ -114,6 +119,12 @@ class LifeCycle:
     def installer(self) -> Installer | None:
         """Of the transfer of segments under way."""
         return self._catch_up.installer if self._catch_up is not None else self._installer
+
+    def accept_loss(self) -> None:
+        """As `RaftGroup.accept_loss`, of a log that is not served."""
+        if self._lacks_tables or self.phase is None:
+            raise LedgerError(f"there is nothing to give up while the log is {self.state}: {self.waits_for}")
+        self.phase.accept_loss()
 
     @property
     def waits_for(self) -> str:
@@ -181,7 +192,7 @@ class LifeCycle:
             self.counters["reopened"] += 1
             self._log.warning("opening the log anew", reason=reason)
             await self._before_reopen()
-            await self._finish_install()
+            await self._finish_install(meta)
             if clock.monotonic() - began > REOPEN_SECONDS_MAX:
                 pause = REOPEN_SECONDS_MIN
             else:  # what was mended is damaged again at once: do not wear the disk out
@@ -192,7 +203,7 @@ class LifeCycle:
     async def _run_once(self, meta: MetaFile, identity: Format, task_status: trio.TaskStatus[None]) -> None:
         """From the disk to the end of serving. Raises Reopen where it is to begin again."""
         env, config = self._env, self._config
-        await env.run_in_thread(complete_install, env.files, config.data_dir)
+        await end_switch(env, config.data_dir, meta)
         if config.flush == "async" and has_failed(env.files, config.data_dir):
             # It acknowledged from the page cache, which the recovery drops: as after a power loss.
             await meta.save_recovering(True)
@@ -215,14 +226,14 @@ class LifeCycle:
         finally:
             store.abandon()
 
-    async def _finish_install(self) -> None:
+    async def _finish_install(self, meta: MetaFile) -> None:
         """Put pulled segments in place of the log. The run has ended, so nothing is acknowledged meanwhile."""
         pulled, self._pulled = self._pulled, None
         if pulled is None:
             return
         self._state = "installing"
         try:
-            await finish_install(self._env, self._config.data_dir, pulled)
+            await finish_install(self._env, self._config.data_dir, pulled, meta)
         except LogDamaged as error:
             self._log.error("fetched segments do not fit together; fetching them again", error=str(error))
             return
@@ -231,6 +242,7 @@ class LifeCycle:
                 raise
             self._log.error("no room to install segments", error=str(error))
             return
+        self._last_written = None  # that was in another log
         self.counters["installs"] += 1
         self._log.info("segments installed", last_index=pulled.last_index)
 
@@ -295,6 +307,8 @@ class LifeCycle:
             config.node_id,
             client,
             self._log,
+            first_index=log.store.first_index,
+            last_written=self._last_written,
         )
         listener = await self._listen()
         reason = ""
@@ -303,11 +317,11 @@ class LifeCycle:
                 nursery.start_soon(peers.run, listener)
                 nursery.start_soon(server.run)
                 nursery.start_soon(self._cancel_when_stopping, nursery.cancel_scope)
-                verdict = Mended.INSTALL if self._lacks_tables else await phase.run()
+                while not reason:
+                    verdict = Mended.INSTALL if self._lacks_tables else await phase.run()
+                    if verdict is Mended.REOPEN or await self._pull_everything(log, client, phase):
+                        reason = verdict.value
                 self._lacks_tables = False
-                reason = verdict.value
-                if verdict is Mended.INSTALL:
-                    await self._pull_everything(log, client)
                 nursery.cancel_scope.cancel()
         finally:
             self.phase = self._installer = None
@@ -318,13 +332,16 @@ class LifeCycle:
         if reason:
             raise Reopen(reason)
 
-    async def _pull_everything(self, log: OpenLog, client: FetchClient) -> None:
-        """Whole segments in place of a log that cannot be mended."""
+    async def _pull_everything(self, log: OpenLog, client: FetchClient, phase: RepairPhase) -> bool:
+        """Whole segments in place of a log that cannot be mended. False where an operator would not wait for them."""
         self._state = "installing"
         # What the segments do not hold, this node may have acknowledged.
         await log.meta.save_recovering(True)
         self._installer = Installer(self._env, self._config.data_dir, log.identity.segment_bytes, client, self._log)
-        self._pulled = await self._installer.pull(lambda: 1, lambda: True)
+        self._pulled = await self._installer.pull(lambda: 1, lambda: not phase.is_loss_accepted)
+        self._installer = None
+        self._state = "repairing"
+        return self._pulled is not None
 
     async def _cancel_when_stopping(self, scope: trio.CancelScope) -> None:
         await self._stop_wanted.wait()
@@ -388,6 +405,8 @@ class LifeCycle:
         client.peers = driver.peers
         server.on_damage = driver.damaged
         self._catch_up = catch_up
+        self.fetch_server = server
+        self._last_written = None
         self._serving(driver)
         self._state = "serving"
         try:
@@ -409,12 +428,13 @@ class LifeCycle:
                 if config.flush == "async" and self._pulled is None:
                     # What was written was acknowledged: none of it may pass for a torn tail, should it be damaged.
                     await meta.save_mark(store.written_index)
+                self._last_written = _last_written(store)
                 raise reopen
         except LocalError as error:
             raise CoreStopped(str(error)) from error
         finally:
             self._serving(None)  # from here on this is a group that does not lead; reading ends too
-            self._catch_up = None
+            self._catch_up = self.fetch_server = None
             self._batch.stop(None)
             for name, count in driver.counters.items():
                 self.counters[name] += count
@@ -456,6 +476,16 @@ class LifeCycle:
     async def _stop_driver(self, driver: Driver) -> None:
         await self._stop_wanted.wait()
         driver.stop()
+
+
+def _last_written(store: LogStore) -> LastEntry | None:
+    """The last entry in the files of a run that has ended; None where damage hides it."""
+    index = store.written_index
+    try:
+        term, head_crc = store.term_at(index), store.head_crc_at(index)
+        return LastEntry(index, term or 0, head_crc or 0, store.end_of(index))
+    except LogDamaged:
+        return None
 
 
 def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException | None:

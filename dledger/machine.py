@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from attrs import field, frozen
@@ -128,6 +128,8 @@ class GroupStatistics:
     segments, or "serving"."""
     waits_for: str = ""
     """What keeps a repair or an installation from ending, in words."""
+    damaged: Sequence[tuple[int, int]] = ()
+    """First and last entry of each range of the log that is damaged and has not been repaired yet."""
     flush_interval_ms: int = 500
     """flush = "async": how often what was written is synced behind the answers."""
     power_lost_index: int | None = None

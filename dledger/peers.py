@@ -391,6 +391,10 @@ class Peers:
         """Peers that can be asked for parts of their logs now."""
         return [peer for peer, link in sorted(self._dialled.items()) if link.version >= 2 and not link.is_closed]
 
+    def unfetchable(self) -> list[str]:
+        """Peers that are connected, but speak a version without fetches."""
+        return [peer for peer, link in sorted(self._dialled.items()) if link.version < 2 and not link.is_closed]
+
     def send_app(self, peer: str, payload: bytes) -> bool:
         """False when not connected, too large, or the queue is full."""
         link = self._dialled.get(peer)

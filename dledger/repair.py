@@ -6,29 +6,37 @@ mend each other.
 
 * Damage between two intact frames: entries of a peer count only when their chain of checksums leads from the frame
   before to the frame behind. They are then, byte for byte, what was lost.
-* Damage at the end: what was there cannot be proven. Once a peer is known to have as much, the end is cut, the node
-  is marked *recovering* (its votes do not make a majority until a leader has confirmed its log), and ordinary
-  replication brings the entries back.
+* Damage at the end, where it is still known which entry was the last one there (its side row outlived it, or the run
+  that met the damage had it in memory): a peer's entries that lead to just that one are what was lost, too. Unless it
+  is certain that this node acknowledged nothing behind that entry, it is marked *recovering* first: its votes do not
+  make a majority until a leader has confirmed its log (docs/decisions/0010).
+* Damage at the end of which no more is known: what was there cannot be proven. Once a peer is known to have as much,
+  the end is cut, the node is marked recovering, and ordinary replication brings the entries back.
 * Entries that so many voters definitely never had that no quorum can have them were never committed: cut, as above.
 * Trimmed by the peers meanwhile: whole segments and a checkpoint take the log's place (`dledger.install`).
-* Else nobody can supply them now. The node goes on asking, and says so once a minute; it never skips an entry.
+* Else nobody can supply them now. The node goes on asking, and says so once a minute; it never skips an entry. Only an
+  operator can give them up: then the log is cut where the first of them was, as above.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
+from functools import partial
 
-from attrs import define, field
+import trio
+from attrs import define, evolve, field
 
 from dledger.core.quorum import majority
 from dledger.core.types import BadFrame, Entry, next_position, parse_entry
-from dledger.errors import LogDamaged
+from dledger.errors import LedgerError, LogDamaged
 from dledger.fetch import FetchClient
+from dledger.store.checkpoint import read_checkpoint
 from dledger.store.faults import FaultyRange
 from dledger.store.meta import MetaFile
-from dledger.store.repair import drop_open_fault, write_repair
+from dledger.store.repair import drop_open_fault, row_of_last, write_repair
 from dledger.store.rows import DISK_FULL
+from dledger.store.walk import LastEntry
 from dledger.wire import FetchKind, FetchStatus
 from runtime.logs import Logger
 from runtime.model import Env
@@ -51,6 +59,9 @@ class _Found:
 
     entries: list[Entry] = field(factory=list)
     supplier: str | None = None
+    """Who gave the entries: proven to be those that were here."""
+    has_as_much: str | None = None
+    """Who has other entries, or unproven ones, as far as an open end is known to have reached."""
     absent: dict[str, str] = field(factory=dict)
     """Peers that never had these entries, and how they said so."""
     gone: set[str] = field(factory=set)
@@ -58,7 +69,7 @@ class _Found:
 
 
 class RepairPhase:
-    """One stay in the phase. `run` ends when the log is to be opened again."""
+    """One stay in the phase. `run` ends when the log is to be opened again, or replaced."""
 
     def __init__(
         self,
@@ -71,74 +82,128 @@ class RepairPhase:
         node_id: str,
         client: FetchClient,
         log: Logger,
+        *,
+        first_index: int = 1,
+        last_written: LastEntry | None = None,
     ) -> None:
         """`voters`: the members that count; empty where they are not known, and nothing is then given up as never
-        committed."""
+        committed. `first_index`: of the log. `last_written`: where a run of this process has met the damage, the last
+        entry that it had written, and so the last one that this node can have acknowledged."""
         self._env = env
         self._folder = folder
         self._segment_bytes = segment_bytes
         self._meta = meta
-        self._faults = faults
+        self._pending = list(faults)
         self._voters = voters
         self._node_id = node_id
         self._client = client
         self._log = log
+        self._first_index = first_index
+        self._last_written = last_written
+        self._ends: dict[int, FaultyRange] = {}
+        """Open ends whose last entry is known, by their first index: as ranges with that end."""
+        self._obstacles: dict[int, str] = {}
+        self._obstacle = ""
+        """Why the log cannot end before the first range that is left."""
+        self._told = trio.Event()
+        self.is_loss_accepted = False
         self.repaired = 0
         """Ranges mended by a peer's entries."""
         self.dropped = 0
         """Ranges cut."""
-        self.waits_for = ""
+        self.waits_for = "; ".join(str(fault) for fault in faults)
         """Why it still goes on, for an operator."""
 
+    @property
+    def damaged(self) -> tuple[tuple[int, int], ...]:
+        """(first, last) entry of each range that is not mended yet, ascending; of an open end, as far as is known."""
+        return tuple((fault.first_index, fault.last_index or fault.first_index) for fault in self._pending)
+
+    def accept_loss(self) -> None:
+        """The operator's word that what nobody can supply is given up. The peers are asked once more, at once.
+
+        Raises LedgerError where there would be nothing to go on with.
+        """
+        if self._obstacle:
+            raise LedgerError(self._obstacle)
+        self.is_loss_accepted = True
+        self._told.set()
+
     async def run(self) -> Mended:
-        """Checkpoint. Raises StoreFailed, or OSError, where the disk takes no repair."""
+        """Checkpoint; may be run again. Raises StoreFailed, or OSError, where the disk takes no repair."""
+        clock = self._env.clock
         pause = ROUND_SECONDS_MIN
-        alarm_at = self._env.clock.monotonic() + ALARM_SECONDS
-        pending = list(self._faults)
-        for fault in pending:
+        alarm_at = clock.monotonic() + ALARM_SECONDS
+        for fault in self._pending:
             self._log.error("damage in the log: asking the peers", range=str(fault))
+            if fault.is_open:
+                await self._look_for_its_end(fault)
         while True:
-            pending, verdict = await self._round(pending)
+            verdict = await self._round()
             if verdict is not None:
                 return verdict
-            now = self._env.clock.monotonic()
+            now = clock.monotonic()
             if now >= alarm_at:
                 alarm_at = now + ALARM_SECONDS
-                self._log.error("nobody can supply damaged entries; this node takes no part", why=self.waits_for)
-            await self._env.clock.sleep(pause)
+                self._log.error(
+                    "nobody can supply damaged entries; this node takes no part",
+                    why=self.waits_for,
+                    way_out=self._obstacle or f"start the other nodes, or: quorate raft recover {self._node_id}",
+                )
+            with clock.move_on_after(pause):
+                await self._told.wait()
+            self._told = trio.Event()
             pause = min(2 * pause, ROUND_SECONDS_MAX)
 
-    async def _round(self, pending: Sequence[FaultyRange]) -> tuple[list[FaultyRange], Mended | None]:
-        """Ask for every range once. Returns those still faulty, and how to go on if that is decided."""
-        left: list[FaultyRange] = []
-        reasons: list[str] = []
+    async def _look_for_its_end(self, fault: FaultyRange) -> None:
+        """Which entry was the last one of an open end, where something still tells."""
+        last = self._last_written
+        if last is not None and last.index == fault.last_index:
+            self._ends[fault.first_index] = evolve(fault, end=last.end, next_crc=last.head_crc)
+            return
+        row = await self._env.run_in_thread(row_of_last, self._env.files, self._folder, self._segment_bytes, fault)
+        if row is not None:
+            self._ends[fault.first_index] = evolve(fault, end=row.end, next_crc=row.head_crc)
+
+    async def _round(self) -> Mended | None:
+        """Ask for every range once. Returns how to go on, if that is decided."""
+        left: list[tuple[FaultyRange, _Found]] = []
         is_trimmed = False
-        for fault in pending:
+        for fault in list(self._pending):
             found = await self._ask_everybody(fault)
-            if found.supplier is not None and not fault.is_open:
-                if await self._write(fault, found):
+            if found.supplier is not None:
+                if await self._write(self._ends.get(fault.first_index, fault), found):
+                    self._pending.remove(fault)
                     continue
-            elif found.supplier is not None or self._was_never_committed(found):
-                await self._cut(fault, found)
-                return left, Mended.REOPEN
+            elif found.has_as_much is not None or self._was_never_committed(found):
+                await self._cut(fault, found, "damaged end of the log cut; a leader has to confirm the rest")
+                return Mended.REOPEN
             is_trimmed = is_trimmed or bool(found.gone)
-            left.append(fault)
-            answers = {**found.absent, **found.others} or {"": "no peer is connected"}
-            reasons.append(f"{fault} ({'; '.join(f'{peer} {text}'.strip() for peer, text in sorted(answers.items()))})")
-        self.waits_for = "; ".join(reasons)
+            left.append((fault, found))
         if not left:
-            return left, Mended.REOPEN
-        return left, Mended.INSTALL if is_trimmed else None
+            return Mended.REOPEN
+        self.waits_for = "; ".join(_why(fault, found) for fault, found in left)
+        if is_trimmed and not self.is_loss_accepted:
+            return Mended.INSTALL
+        self._obstacle = await self._obstacle_to_cut(left[0][0])
+        if self.is_loss_accepted and not self._obstacle:
+            await self._cut(*left[0], "damaged entries given up, as the operator said; the log is cut before them")
+            return Mended.REOPEN
+        return None
 
     async def _ask_everybody(self, fault: FaultyRange) -> _Found:
         """Until one peer has all of it."""
         found = _Found()
+        known = self._ends.get(fault.first_index, fault)
         for peer in self._client.sources():
             entries, status, reason = await self._fetch(peer, fault)
             if status is FetchStatus.OK:
-                if fault.is_open or entries[-1].head_crc == fault.next_crc:
+                if entries[-1].head_crc == known.next_crc:
                     found.entries, found.supplier = entries, peer
                     break
+                if fault.is_open:
+                    found.has_as_much = peer
+                    continue
                 status, reason = FetchStatus.ABSENT, "has other entries there"
             if status is FetchStatus.ABSENT:
                 found.absent[peer] = reason
@@ -147,6 +212,8 @@ class RepairPhase:
                 found.others[peer] = reason
             else:
                 found.others[peer] = reason
+        for peer in self._client.too_old():
+            found.others[peer] = "runs a version that supplies nothing: upgrade it"
         return found
 
     async def _fetch(self, peer: str, fault: FaultyRange) -> tuple[list[Entry], FetchStatus, str]:
@@ -166,21 +233,30 @@ class RepairPhase:
                     position = next_position(end, len(entry.frame), self._segment_bytes)
                     if (entry.index, entry.prev_crc, entry.position) != (index, crc, position) or entry.term < term:
                         return entries, FetchStatus.BUSY, f"sent entry {entry.index}, which does not follow"
+                    if index > last:
+                        return entries, FetchStatus.BUSY, f"sent entry {index}, which nobody asked for"
                     entries.append(entry)
                     index, crc, end, term = index + 1, entry.head_crc, entry.end, entry.term
             except (BadFrame, ValueError) as error:
                 return entries, FetchStatus.BUSY, f"sent a damaged entry: {error}"
             if not offset:
                 return entries, FetchStatus.BUSY, "sent nothing"
+            self.waits_for = f"{fault}: {len(entries)} of {last + 1 - fault.first_index} entries have come from {peer}"
         return entries, FetchStatus.OK, ""
 
     async def _write(self, fault: FaultyRange, found: _Found) -> bool:
+        """Put a peer's entries in place of a range; False where that fails, and may succeed later."""
+        was_open = fault.first_index in self._ends
+        if was_open and not self._ends_with_what_was_acknowledged(fault):
+            # First, and on stable storage: what this node acknowledged behind these entries, it has forgotten.
+            await self._meta.save_recovering(True)
         try:
             await self._env.run_in_thread(
                 write_repair, self._env.files, self._folder, self._segment_bytes, fault, found.entries
             )
         except LogDamaged as error:
             self._log.error("entries of a peer do not fit", peer=found.supplier, error=str(error))
+            found.others[str(found.supplier)] = f"sent entries that do not fit: {error}"
             return False
         except OSError as error:
             if error.errno not in DISK_FULL:
@@ -193,28 +269,61 @@ class RepairPhase:
             first=fault.first_index,
             last=fault.last_index,
             peer=found.supplier,
+            was_open=was_open,
         )
         return True
 
-    def _was_never_committed(self, found: _Found) -> bool:
-        """Whether too few voters are left that could have these entries for a quorum."""
-        if not self._voters:
+    def _ends_with_what_was_acknowledged(self, fault: FaultyRange) -> bool:
+        """Whether this node cannot have acknowledged an entry behind a range: it stopped in order, with a mark at its
+        last entry, or the run that met the damage tells which one was the last."""
+        saved = self._meta.saved
+        if self._last_written is not None:
+            acknowledged = self._last_written.index
+        elif saved.clean:
+            acknowledged = saved.durable_index
+        else:
             return False
+        return fault.last_index is not None and acknowledged <= fault.last_index
+
+    def _was_never_committed(self, found: _Found) -> bool:
+        """Whether too few voters are left that could have these entries for a quorum. Never, of no known voters."""
         never = sum(1 for voter in self._voters if voter in found.absent and voter != self._node_id)
         return never > 0 and len(self._voters) - never < majority(len(self._voters))
 
-    async def _cut(self, fault: FaultyRange, found: _Found) -> None:
+    async def _obstacle_to_cut(self, fault: FaultyRange) -> str:
+        """A trimmed log begins with tables: they must be as of an entry that stays."""
+        if fault.first_index not in self._obstacles:
+            covers = 0
+            if self._first_index > 1:
+                read = partial(read_checkpoint, self._env.files, self._folder, up_to=fault.first_index - 1)
+                found = await self._env.run_in_thread(read)
+                covers = found.index if found is not None else 0
+            self._obstacles[fault.first_index] = (
+                ""
+                if covers >= self._first_index - 1
+                else f"entries from {fault.first_index} on cannot be given up: the log begins at entry "
+                f"{self._first_index}, and the tables kept for what was before are of a later entry; restore a backup"
+            )
+        return self._obstacles[fault.first_index]
+
+    async def _cut(self, fault: FaultyRange, found: _Found, text: str) -> None:
         # First, and on stable storage: this node may have acknowledged what it now forgets.
         await self._meta.save_recovering(True)
         await drop_open_fault(self._env, self._folder, self._segment_bytes, self._meta, fault)
         self.dropped += 1
         self._log.warning(
-            "damaged end of the log cut; a leader has to confirm the rest",
+            text,
             first=fault.first_index,
             last=fault.last_index,
-            supplier=found.supplier,
+            supplier=found.has_as_much,
             never_had=sorted(found.absent),
         )
+
+
+def _why(fault: FaultyRange, found: _Found) -> str:
+    """Why a range is not mended yet."""
+    answers = {**found.absent, **found.others} or {"": "no peer is connected"}
+    return f"{fault} ({'; '.join(f'{peer} {text}'.strip() for peer, text in sorted(answers.items()))})"
 
 
 class Deaf:

@@ -125,7 +125,7 @@ class FetchKind(IntEnum):
     MANIFEST = 2
     """What closed segments and committed entries there are, as a whole; no arguments."""
     CHUNK = 3
-    """first: base of a segment; last: offset in it; number: bytes."""
+    """first: base of a segment; last: offset in it; number: bytes. 0 bytes: none before `first` is wanted any more."""
     CHECKPOINT = 4
     """first: offset in the file; last: bytes; number: 0, or the identity that the first answer told."""
 

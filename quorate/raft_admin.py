@@ -47,7 +47,8 @@ class RaftAdmin:
         return await self._change(address, "remove", node, "")
 
     async def accept_loss(self, address: str) -> dict[str, Any]:
-        """Let a recovering node take part with what it has; entries it had acknowledged may be lost for good."""
+        """Let a recovering node take part with what it has, or one that repairs its log go on without what nobody can
+        supply; entries it had acknowledged may be lost for good."""
         return await self._ask(address, RequestCode.RAFT_ACCEPT_LOSS, {}, CHANGE_WITHIN_S)
 
     async def delete_expired(self, address: str, position: int | None = None) -> dict[str, Any]:

@@ -5,7 +5,7 @@
 | RAFT_DESCRIBE | - | everything `GroupStatistics` has, and which group on which node this is |
 | RAFT_TRANSFER | `target` (node id, or null: the most advanced) | `leader` |
 | RAFT_CHANGE_MEMBERS | `action` (add_learner, promote, remove), `node`, `address` (host:port) | `voters`, `learners` |
-| RAFT_ACCEPT_LOSS | - | `recovering`, `first_index`, `last_index`, `durable_index`, `commit_index` |
+| RAFT_ACCEPT_LOSS | - | `recovering`, `damaged`, `first_index`, `last_index`, `durable_index`, `commit_index` |
 | RAFT_DELETE_EXPIRED | `position` (null: by the rules of retention) | `first_position`, `trim_position` |
 | RAFT_BACKUP_MANIFEST | - | where the log begins and ends, closed segments, the checkpoint |
 | RAFT_BACKUP_CHUNK | `position`, or `checkpoint_index` and `offset`; `nbytes` | the bytes; header `crc32` |
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 CHUNK_BYTES_MAX: Final = 1024 * 1024
 BACKUP_IDLE_S: Final = 600.0
 """How long the checkpoint of an abandoned backup is kept in memory."""
+BACKUP_LEASE_S: Final = 60.0
+"""How long, after each chunk, the files that a backup has yet to copy are not deleted."""
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 
@@ -121,15 +123,22 @@ class RaftProcessor:
         conn.flush()
 
     def accept_loss(self, request: Command, conn: Any) -> bytes:
-        """RAFT_ACCEPT_LOSS: a node that recovers from a power loss, or repairs its log, goes on with what it has."""
+        """RAFT_ACCEPT_LOSS: a node that recovers from a power loss takes part with what it has; one that repairs its
+        log gives up what nobody can supply."""
         before = self._group.statistics()
-        if not before.recovering and before.state != "repairing":
+        if not before.recovering and not before.damaged:
             return _refuse(request, f"{before.node_id} is not recovering: there is nothing to accept")
-        self._group.accept_loss()
+        try:
+            self._group.accept_loss()
+        except LedgerError as error:
+            return _refuse(request, str(error))
         self._broker.log.warning(
-            "the loss of what this node may have had is accepted", last_index=before.last_index, by=conn.peer_text
+            "the loss of what this node may have had is accepted",
+            last_index=before.last_index,
+            damaged=before.damaged,
+            by=conn.peer_text,
         )
-        names = ("recovering", "first_index", "last_index", "durable_index", "commit_index")
+        names = ("recovering", "damaged", "first_index", "last_index", "durable_index", "commit_index")
         return _json(request, {name: getattr(before, name) for name in names})
 
     def delete_expired(self, request: Command, conn: Any) -> bytes:
@@ -164,6 +173,7 @@ class RaftProcessor:
         self._backup = None if found is None else (found.index, await run_in_thread(pack_checkpoint, found))
         self._backup_at = self._clock.monotonic()
         manifest = self._group.manifest()
+        self._hold(conn, self._group.first_position)
         if manifest is None:
             answer = _refuse(request, "the log is not served now", ResponseCode.SERVICE_NOT_AVAILABLE)
         else:
@@ -209,7 +219,12 @@ class RaftProcessor:
         self._backup_at = self._clock.monotonic()
         return _chunk(request, self._backup[1][body.offset : body.offset + body.nbytes])
 
+    def _hold(self, conn: Any, position: int) -> None:
+        """Have what is still to be copied kept a little longer, also when it is trimmed meanwhile."""
+        self._group.hold_segments(f"backup to {conn.peer_text}", position, BACKUP_LEASE_S)
+
     async def _log_chunk(self, request: Command, conn: Any, where: tuple[int, int]) -> None:
+        self._hold(conn, where[0])
         data = await self._group.read_cold(*where)
         if data is None:
             answer = _refuse(request, f"{where[1]} bytes at {where[0]} are not committed in one segment of the log")

@@ -16,7 +16,7 @@ from dledger.store.faults import FaultyRange, add_suspects
 from dledger.store.format import LOG_FOLDER, ROWS_FOLDER
 from dledger.store.meta import MetaFile
 from dledger.store.quarantine import keep_aside
-from dledger.store.rows import ROW_BYTES, read_rows, row_of
+from dledger.store.rows import ROW_BYTES, Row, last_row, read_rows, row_of
 from dledger.store.segments import open_segment, read_around, remove_segments, row_bases, segment_bases, segment_name
 from runtime.model import Env, File, Files
 
@@ -140,6 +140,23 @@ class _Repair:
             new.close()
             if self._files.exists(f"{self._path(base)}.repair"):
                 self._files.unlink(f"{self._path(base)}.repair")
+
+
+def row_of_last(files: Files, folder: str, segment_bytes: int, fault: FaultyRange) -> Row | None:
+    """The side row of the last entry that a range with an open end is known to have held; None where it is lost, too.
+
+    A row is written when its entry is on stable storage, and has the entry's own checksum: entries that lead from
+    the front of the range to that checksum are, byte for byte, those that were there. Blocks. Raises OSError.
+    """
+    for base in row_bases(files, folder):
+        file = files.open(f"{folder}/{ROWS_FOLDER}/{segment_name(base)}")
+        try:
+            row = last_row(file)
+        finally:
+            file.close()
+        if row is not None and row.index == fault.last_index and base <= row.position < base + segment_bytes:
+            return row
+    return None
 
 
 async def drop_open_fault(env: Env, folder: str, segment_bytes: int, meta: MetaFile, fault: FaultyRange) -> None:

@@ -72,6 +72,8 @@ class RigGroup(MemoryGroup):
         self.connected = True
         self.learners: tuple[str, ...] = ("n3",)
         self.recovering = False
+        self.damaged: tuple[tuple[int, int], ...] = ()
+        self.held: dict[str, tuple[int, float]] = {}
         self.asked: list[Any] = []
         """What tools asked of the group."""
         self.refusal: LedgerError | None = None
@@ -95,6 +97,9 @@ class RigGroup(MemoryGroup):
 
     def accept_loss(self) -> None:
         self._ask("accept loss")
+
+    def hold_segments(self, holder: str, position: int, seconds: float) -> None:
+        self.held[holder] = (position, seconds)
 
     def delete_expired(self) -> None:
         self._ask("delete expired")
@@ -130,6 +135,7 @@ class RigGroup(MemoryGroup):
             leader_id=self.leader_id,
             ready=self.is_ready_leader,
             recovering=self.recovering,
+            damaged=self.damaged,
             flush="async",
             first_index=1,
             last_index=last,

@@ -11,7 +11,7 @@ import pytest
 import trio
 import trio.lowlevel
 
-from broker.processors.raft import BACKUP_IDLE_S
+from broker.processors.raft import BACKUP_IDLE_S, BACKUP_LEASE_S
 from dledger.core.membership import AddLearner, Promote, Remove
 from dledger.errors import LedgerError, NotLeader
 from dledger.store.checkpoint import unpack_checkpoint, write_checkpoint
@@ -110,6 +110,17 @@ async def test_only_a_recovering_node_has_a_loss_to_accept(rig: ProcessorRig) ->
     assert rig.group.asked == [("accept loss",)]
 
 
+async def test_a_node_that_repairs_its_log_gives_up_what_nobody_can_supply(rig: ProcessorRig) -> None:
+    rig.group.is_serving = rig.group.is_ready_leader = False
+    rig.group.damaged = ((5, 7),)
+    answer = await ask(rig, RequestCode.RAFT_ACCEPT_LOSS)
+    assert answer.code == 0 and json.loads(answer.body)["damaged"] == [[5, 7]]
+    assert rig.group.asked == [("accept loss",)]
+    rig.group.refusal = LedgerError("nothing would be left")
+    answer = await ask(rig, RequestCode.RAFT_ACCEPT_LOSS)
+    assert (answer.code, answer.remark) == (1, "nothing would be left")
+
+
 async def test_deleting_what_is_expired(rig: ProcessorRig) -> None:
     assert (await ask(rig, RequestCode.DELETE_EXPIRED_COMMITLOG)).code == 0
     assert (await ask(rig, RequestCode.RAFT_DELETE_EXPIRED)).code == 0
@@ -162,6 +173,15 @@ async def test_a_backup_is_the_committed_log_and_a_checkpoint(rig: ProcessorRig)
     assert found is not None and (found.index, found.blob) == (2, b"tables" * 10)
     answer = await ask(rig, RequestCode.RAFT_BACKUP_CHUNK, {"position": 64, "nbytes": 40})
     assert answer.body == rig.group._log[64:104] and int(answer.ext["crc32"]) == crc32(answer.body)
+
+
+async def test_what_a_backup_has_yet_to_copy_is_held(rig: ProcessorRig) -> None:
+    """For a while after each chunk: a trim takes effect for everybody else meanwhile."""
+    await ask(rig, RequestCode.RAFT_BACKUP_MANIFEST)
+    holder = f"backup to {rig.conn.peer_text}"
+    assert rig.group.held == {holder: (rig.group.first_position, BACKUP_LEASE_S)}
+    await ask(rig, RequestCode.RAFT_BACKUP_CHUNK, {"position": 64, "nbytes": 40})
+    assert rig.group.held == {holder: (64, BACKUP_LEASE_S)}
 
 
 @pytest.mark.parametrize(

@@ -188,3 +188,15 @@ def test_a_group_that_is_not_there_is_named_with_those_that_are() -> None:
     cluster = raft.ReachedCluster(None, [group_of("broker-a")], None)  # type: ignore[arg-type]
     with pytest.raises(Failure, match='no raft group "broker-z"; there are broker-a'):
         cluster.group("broker-z")
+
+
+def test_what_nobody_can_supply_is_named_before_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    repairing = {"state": "repairing", "damaged": [[12, 14], [20, 20]], "waits_for": "entry 12 (n1 damaged here too)"}
+    groups = [group_of("broker-a", **repairing)]
+    result, administration = invoke(monkeypatch, groups, "recover", "n0")
+    assert result.exit_code == 2 and "Damaged are entries 12 to 14, 20." in result.output
+    assert "n1 damaged here too" in result.output and administration.asked == []
+    result, administration = invoke(monkeypatch, groups, "recover", "n0", "--accept-loss", "--json")
+    assert result.exit_code == 0 and administration.asked == [("accept_loss", "127.0.0.1:0")]
+    told = json.loads(result.output)
+    assert (told["damaged"], told["accepted"]) == ([[12, 14], [20, 20]], True)

@@ -18,7 +18,8 @@ from attrs import evolve
 
 from cluster.config import ClusterConfig, NodeSection, default_text, parse
 from cluster.layout import Layout, UpRefused, lock_data, prepare, read_identity, read_up_state, write_identity
-from cluster.supervisor import Event, StartFailed, Supervisor
+from cluster.raft_groups import GroupView, NodeView
+from cluster.supervisor import Event, NotReadyInTime, StartFailed, Supervisor
 from runtime.local_socket import ask_local
 from runtime.model import Env
 from runtime.real import real_env
@@ -172,6 +173,55 @@ async def test_a_node_that_ends_at_start_is_shown_with_its_last_words(env: Env, 
     identity = read_identity(env.files, Layout(str(tmp_path)))
     assert identity is not None
     assert not identity.groups["broker-a"].is_formatted  # so the next start may format again
+
+
+@pytest.mark.parametrize(
+    ("states", "is_left_alone"), [(("repairing", "serving"), True), (("serving", "serving"), False)]
+)
+async def test_nodes_that_mend_their_logs_are_left_to_it(
+    env: Env, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, states: tuple[str, ...], is_left_alone: bool
+) -> None:
+    """No leader within the time that a start has: a failure, unless nodes are at work that takes longer."""
+    monkeypatch.setattr("cluster.supervisor.READY_WITHIN_S", 1.0)
+
+    async def views(self: Supervisor, groups: list[str]) -> list[GroupView]:
+        assert groups == ["broker-a"]
+        said = [
+            {"node_id": f"n{k}", "state": state, "waits_for": "entry 5", "members": [], "learners": []}
+            for k, state in enumerate(states)
+        ]
+        return [
+            GroupView("broker-a", tuple(NodeView(f"127.0.0.1:{k}", "broker-a", each) for k, each in enumerate(said)))
+        ]
+
+    monkeypatch.setattr(Supervisor, "_views_of", views)
+
+    async def troubles(self: Supervisor, groups: list[str]) -> list[str]:
+        return []
+
+    monkeypatch.setattr(Supervisor, "_troubles_of", troubles)
+    (tmp_path / "leader").write_text("")
+    events: list[Event] = []
+    supervisor = Supervisor(env, await free_config(env), Layout(str(tmp_path)), on_event=events.append, command=FAKE)
+    ended = trio.Event()
+
+    async def run() -> None:
+        try:
+            await supervisor.run()
+        except* NotReadyInTime:
+            pass
+        ended.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        await wait_until(lambda: ended.is_set() or supervisor.ready.is_set(), limit=10, what="the end of the start")
+        assert supervisor.ready.is_set() is is_left_alone
+        if is_left_alone:
+            assert supervisor.notice == "broker-a has no leader yet (n0 is repairing: entry 5)"
+            assert all(node.pid is not None and node.restarts == 0 for node in supervisor.state().nodes)
+            assert events[-1].text.endswith(supervisor.notice)
+            supervisor.request_stop()
+        await ended.wait()
 
 
 async def refusal(env: Env, config: ClusterConfig, folder: Path) -> str:

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from zlib import crc32
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from dledger.core.messages import AppendReply
 from dledger.errors import LogDamaged
-from dledger.fetch import PER_PEER_MAX, Answer, Exchange, FetchClient, FetchServer
+from dledger.fetch import (
+    CHECKPOINT_IDLE_SECONDS,
+    CHECKPOINTS_MAX,
+    LEASE_AWAY_SECONDS,
+    LEASE_SECONDS,
+    LEASES_MAX,
+    PER_PEER_MAX,
+    Answer,
+    Exchange,
+    FetchClient,
+    FetchServer,
+    LogSource,
+)
 from dledger.peers import BULK_PIECE_BYTES_MAX, Link
+from dledger.store.checkpoint import write_checkpoint
 from dledger.wire import (
     KIND_FETCH,
     KIND_FETCHED,
@@ -41,7 +58,7 @@ class Shelf:
         self.asked: list[Fetch] = []
         self.gate: trio.Event | None = None
 
-    async def answer(self, fetch: Fetch) -> Answer:
+    async def answer(self, peer: str, fetch: Fetch) -> Answer:
         self.asked.append(fetch)
         await trio.lowlevel.checkpoint()
         if self.gate is not None:
@@ -211,3 +228,141 @@ async def test_answer_over_the_limit_is_given_up(tmp_path: Path, monkeypatch: py
     client.peers = Wires()  # type: ignore[assignment]
     answer = await client.ask("n1", FetchKind.MANIFEST)
     assert answer.status is FetchStatus.BUSY and "over the limit" in answer.reason
+
+
+# Leases
+
+
+class Promises:
+    """A source whose segments begin at byte 4096."""
+
+    async def answer(self, peer: str, fetch: Fetch) -> Answer:
+        await trio.lowlevel.checkpoint()
+        position = 4096 if fetch.kind is FetchKind.MANIFEST else None
+        return Answer(FetchStatus.OK, b"data", leased_position=position)
+
+
+@asynccontextmanager
+async def lender(tmp_path: Path) -> AsyncIterator[tuple[FetchServer, Callable[..., Awaitable[None]], Link]]:
+    """A server, a way to ask it, and the connection."""
+    stream = Narrow()
+    link = Link("n1", stream, MessageReader(MESSAGE_BYTES_MAX), 0.0)  # type: ignore[arg-type]
+    server = FetchServer(test_env(tmp_path), Promises(), 1 << 30)
+
+    async def ask(kind: FetchKind, first: int = 0, number: int = 0, link: Link = link) -> None:
+        before = server.bytes_sent
+        server.submit(link, Fetch(1, kind, first, 0, number))
+        await wait_until(lambda: server.bytes_sent > before, what="the answer")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.run)
+        nursery.start_soon(link.write_queued)
+        for _ in range(20):
+            stream.room.release()
+        yield server, ask, link
+        nursery.cancel_scope.cancel()
+
+
+async def test_segments_stay_while_a_peer_fetches_them(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with lender(tmp_path) as (server, ask, _):
+        await ask(FetchKind.CHUNK, 4096, 100)
+        assert server.leased_position() is None, "nobody was told of segments yet"
+        await ask(FetchKind.MANIFEST)
+        assert server.leased_position() == 4096
+        await trio.sleep(LEASE_SECONDS - 1)
+        await ask(FetchKind.CHUNK, 8192, 100)
+        await trio.sleep(LEASE_SECONDS - 1)
+        assert server.leased_position() == 4096, "prolonged by the question"
+        await trio.sleep(2)
+        assert server.leased_position() is None
+
+
+async def test_a_complete_transfer_frees_what_it_brought(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """What follows stays for as long as it takes to put the segments in place."""
+    async with lender(tmp_path) as (server, ask, link):
+        await ask(FetchKind.MANIFEST)
+        await ask(FetchKind.CHUNK, 9000)
+        assert server.leased_position() == 9000
+        link.close()
+        await trio.sleep(LEASE_AWAY_SECONDS - 1)
+        assert server.leased_position() == 9000
+        await trio.sleep(2)
+        assert server.leased_position() is None
+
+
+async def test_a_peer_that_has_gone_holds_nothing_for_long(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with lender(tmp_path) as (server, ask, link):
+        await ask(FetchKind.MANIFEST)
+        link.close()
+        assert server.leased_position() == 4096, "it may be back at once"
+        await trio.sleep(LEASE_AWAY_SECONDS + 1)
+        assert server.leased_position() is None
+
+
+async def test_a_peer_that_comes_back_goes_on_with_its_lease(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with lender(tmp_path) as (server, ask, link):
+        await ask(FetchKind.MANIFEST)
+        link.close()
+        assert server.leased_position() == 4096
+        again = Link("n1", Narrow(), MessageReader(MESSAGE_BYTES_MAX), 0.0)  # type: ignore[arg-type]
+        async with trio.open_nursery() as nursery:
+            again.stream.room.release()  # type: ignore[attr-defined]
+            nursery.start_soon(again.write_queued)
+            await ask(FetchKind.CHUNK, 8192, 100, again)
+            nursery.cancel_scope.cancel()
+        await trio.sleep(LEASE_AWAY_SECONDS + 1)
+        assert server.leased_position() == 4096
+
+
+async def test_leases_are_bounded_and_the_first_byte_that_anybody_needs_counts(tmp_path: Path) -> None:
+    server = FetchServer(test_env(tmp_path), Promises(), 1 << 30)
+    for number in range(LEASES_MAX + 10):
+        server.lease(f"backup {number}", 1000 + number, 60.0)
+    assert len(server._leases) == LEASES_MAX and server.leased_position() == 1010
+    server.lease("backup 10", 5000, 60.0)
+    assert server.leased_position() == 1011, "in place of what was kept for it so far"
+
+
+# Checkpoints
+
+
+def a_source(tmp_path: Path) -> LogSource:
+    store: Any = SimpleNamespace(first_position=0)
+    return LogSource(test_env(tmp_path), str(tmp_path), 4096, store, committed=lambda: 0, is_sure=lambda: True)
+
+
+async def piece(source: LogSource, peer: str, offset: int, identity: int = 0, nbytes: int = 60) -> Answer:
+    return await source.answer(peer, Fetch(1, FetchKind.CHECKPOINT, offset, nbytes, identity))
+
+
+async def test_peers_fetch_their_checkpoints_beside_each_other(tmp_path: Path) -> None:
+    """A newer one is saved between the first pieces of the two: each gets the one that it began with."""
+    source = a_source(tmp_path)
+    files = source._env.files
+    write_checkpoint(files, str(tmp_path), 1, b"a" * 100)
+    first = await piece(source, "n1", 0)
+    write_checkpoint(files, str(tmp_path), 2, b"b" * 100)
+    second = await piece(source, "n2", 0)
+    assert first.identity != second.identity
+    for peer, begun in (("n1", first), ("n2", second)):
+        rest = await piece(source, peer, 60, begun.identity, 1000)
+        assert crc32(begun.data + rest.data) == begun.identity and len(begun.data + rest.data) == begun.total
+    assert not source._checkpoints, "nothing stays in memory"
+    assert (await piece(source, "n1", 60, first.identity)).status is FetchStatus.GONE
+
+
+async def test_checkpoints_in_memory_are_few(tmp_path: Path, autojump_clock: MockClock) -> None:
+    source = a_source(tmp_path)
+    files = source._env.files
+    assert (await piece(source, "n1", 0)).status is FetchStatus.ABSENT
+    for number in range(CHECKPOINTS_MAX):
+        write_checkpoint(files, str(tmp_path), number + 1, b"%d" % number * 100)
+        assert (await piece(source, f"n{number}", 0)).is_ok
+    shared = await piece(source, "n7", 0)
+    assert shared.is_ok and source._checkpoints["n7"].content is source._checkpoints["n1"].content
+    write_checkpoint(files, str(tmp_path), 9, b"newest" * 20)
+    assert (await piece(source, "n8", 0)).status is FetchStatus.BUSY
+    assert (await piece(source, "n1", 60, shared.identity)).is_ok, "those under way go on"
+    await trio.sleep(CHECKPOINT_IDLE_SECONDS + 1)
+    assert (await piece(source, "n8", 0)).is_ok, "nobody went on with the others"
+    assert set(source._checkpoints) == {"n8"}

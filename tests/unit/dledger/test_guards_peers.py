@@ -16,17 +16,20 @@ import trio
 
 from dledger.config import GroupConfig
 from dledger.core.types import Entry
+from dledger.errors import LedgerError
 from dledger.fetch import Answer, FetchClient, LogSource
 from dledger.install import Installer, Pulled, _Failed, adds_to
 from dledger.peers import Link, Peers, Refused
-from dledger.repair import RepairPhase, _Found
+from dledger.repair import Mended, RepairPhase, _Found
 from dledger.store.base import BaseRecord
 from dledger.store.checkpoint import Checkpoint, pack_checkpoint
 from dledger.store.faults import FaultyRange
 from dledger.store.format import Format
 from dledger.store.log_store import LogStore
 from dledger.store.manifest import Manifest, SegmentInfo
+from dledger.store.meta import Meta
 from dledger.store.staging import decode_manifest
+from dledger.store.walk import LastEntry
 from dledger.wire import (
     KIND_HELLO,
     KIND_PONG,
@@ -217,32 +220,32 @@ async def test_4_6_who_may_have_forgotten_gives_no_definite_no(tmp_path: Path) -
     beyond = Fetch(1, FetchKind.ENTRIES, 31, 33, ENTRIES[-1].head_crc)
     other = Fetch(2, FetchKind.ENTRIES, 5, 6, ENTRIES[3].head_crc ^ 1)
     async with source(tmp_path / "sure") as sure:
-        assert (await sure.answer(beyond)).status is FetchStatus.ABSENT
-        assert (await sure.answer(other)).status is FetchStatus.ABSENT
-        assert (await sure.answer(msgspec.structs.replace(other, number=ENTRIES[3].head_crc))).is_ok
+        assert (await sure.answer("n1", beyond)).status is FetchStatus.ABSENT
+        assert (await sure.answer("n1", other)).status is FetchStatus.ABSENT
+        assert (await sure.answer("n1", msgspec.structs.replace(other, number=ENTRIES[3].head_crc))).is_ok
     async with source(tmp_path / "unsure", is_sure=False) as unsure:
-        assert (await unsure.answer(beyond)).status is FetchStatus.UNSURE
-        assert (await unsure.answer(other)).status is FetchStatus.UNSURE
+        assert (await unsure.answer("n1", beyond)).status is FetchStatus.UNSURE
+        assert (await unsure.answer("n1", other)).status is FetchStatus.UNSURE
 
 
 async def test_4_6_nothing_of_a_damaged_range_is_given(tmp_path: Path) -> None:
     fault = FaultyRange(5, 7, ENTRIES[3].end, ENTRIES[7].position, ENTRIES[3].head_crc, ENTRIES[6].head_crc, "a test")
     async with source(tmp_path, faults=(fault,)) as damaged:
-        within = await damaged.answer(Fetch(1, FetchKind.ENTRIES, 6, 9, ENTRIES[4].head_crc))
+        within = await damaged.answer("n1", Fetch(1, FetchKind.ENTRIES, 6, 9, ENTRIES[4].head_crc))
         assert within.status is FetchStatus.DAMAGED
-        before = await damaged.answer(Fetch(2, FetchKind.ENTRIES, 3, 9, ENTRIES[1].head_crc))
+        before = await damaged.answer("n1", Fetch(2, FetchKind.ENTRIES, 3, 9, ENTRIES[1].head_crc))
         assert before.data == ENTRIES[2].frame + ENTRIES[3].frame
-        assert (await damaged.answer(Fetch(3, FetchKind.MANIFEST))).status is FetchStatus.DAMAGED
+        assert (await damaged.answer("n1", Fetch(3, FetchKind.MANIFEST))).status is FetchStatus.DAMAGED
 
 
 async def test_4_7_only_committed_segments_are_offered(tmp_path: Path) -> None:
     async with source(tmp_path, committed=4) as few:
-        answer = await few.answer(Fetch(1, FetchKind.MANIFEST))
+        answer = await few.answer("n1", Fetch(1, FetchKind.MANIFEST))
         assert [info.last_index for info in decode_manifest(answer.data).segments] == [4]
         beyond = Fetch(2, FetchKind.CHUNK, 0, 0, ENTRIES[4].end)
-        assert (await few.answer(beyond)).status is FetchStatus.BUSY
+        assert (await few.answer("n1", beyond)).status is FetchStatus.BUSY
     async with source(tmp_path / "none", committed=0) as none:
-        assert (await none.answer(Fetch(1, FetchKind.MANIFEST))).status is FetchStatus.BUSY
+        assert (await none.answer("n1", Fetch(1, FetchKind.MANIFEST))).status is FetchStatus.BUSY
 
 
 # Repair
@@ -251,17 +254,23 @@ async def test_4_7_only_committed_segments_are_offered(tmp_path: Path) -> None:
 class Answers:
     """Peers that answer with these entries, or with a status."""
 
-    def __init__(self, **given: list[Entry] | FetchStatus) -> None:
+    def __init__(self, **given: list[Entry] | FetchStatus | bytes) -> None:
         self.given = given
+        self.old: list[str] = []
 
     def sources(self) -> list[str]:
         return sorted(self.given)
+
+    def too_old(self) -> list[str]:
+        return self.old
 
     async def ask(self, peer: str, kind: FetchKind, first: int = 0, last: int = 0, number: int = 0) -> Answer:
         await trio.lowlevel.checkpoint()
         given = self.given[peer]
         if isinstance(given, FetchStatus):
             return Answer(given, reason="says so")
+        if isinstance(given, bytes):
+            return Answer(FetchStatus.OK, given)
         return Answer(FetchStatus.OK, b"".join(entry.frame for entry in given))
 
 
@@ -295,6 +304,66 @@ async def test_4_6_a_peers_entries_lead_to_the_intact_one_behind() -> None:
     """A whole chain, but another one: a definite no."""
     found = await a_phase(Answers(n1=[ENTRIES[4], other_than(ENTRIES[5])]))._ask_everybody(FAULT)
     assert found.supplier is None and sorted(found.absent) == ["n1"]
+
+
+async def test_a_peer_that_sends_more_than_was_asked_for_says_nothing_about_the_range() -> None:
+    """Least of all that it has other entries there."""
+    found = await a_phase(Answers(n1=ENTRIES[4:8], n2=b"garbage"))._ask_everybody(FAULT)
+    assert found.supplier is None and not found.absent
+    assert "nobody asked for" in found.others["n1"] and "damaged entry" in found.others["n2"]
+
+
+async def test_a_peer_of_version_1_is_named_as_no_help() -> None:
+    client = Answers()
+    client.old = ["n2"]
+    phase = a_phase(client)
+    await phase._round()
+    assert "n2 runs a version that supplies nothing" in phase.waits_for
+
+
+@pytest.mark.parametrize(
+    ("clean", "mark", "last_written", "is_bounded"),
+    [
+        (True, 6, None, True),
+        (True, 7, None, False),
+        (False, 6, None, False),
+        (False, 6, 6, True),
+        (True, 6, 7, False),
+    ],
+)
+def test_4_6_what_was_acknowledged_is_bounded_by_a_stop_in_order_or_by_the_run_itself(
+    clean: bool, mark: int, last_written: int | None, is_bounded: bool
+) -> None:
+    phase = a_phase(Answers())
+    phase._meta = cast(Any, SimpleNamespace(saved=Meta(clean=clean, durable_index=mark)))
+    phase._last_written = LastEntry(last_written) if last_written is not None else None
+    assert phase._ends_with_what_was_acknowledged(FAULT) is is_bounded
+
+
+async def test_the_operators_word_ends_the_wait_for_segments_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has trimmed the entries may be unable to give the segments for them."""
+    cuts: list[FaultyRange] = []
+
+    async def cut(self: RepairPhase, fault: FaultyRange, found: _Found, text: str) -> None:
+        await trio.lowlevel.checkpoint()
+        cuts.append(fault)
+
+    monkeypatch.setattr(RepairPhase, "_cut", cut)
+    phase = a_phase(Answers(n1=FetchStatus.GONE))
+    assert await phase.run() is Mended.INSTALL and not cuts
+    phase.accept_loss()
+    assert await phase.run() is Mended.REOPEN and cuts == [FAULT]
+
+
+async def test_the_operators_word_does_not_cut_what_the_tables_stand_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before the first round, when nothing is known yet."""
+    monkeypatch.setattr("dledger.repair.read_checkpoint", lambda files, folder, up_to: None)
+    phase = a_phase(Answers(n1=FetchStatus.DAMAGED))
+    phase._first_index = 3
+    phase.accept_loss()
+    assert await phase._round() is None
+    with pytest.raises(LedgerError, match="entries from 5 on cannot be given up: the log begins at entry 3"):
+        phase.accept_loss()
 
 
 @pytest.mark.parametrize(
@@ -337,7 +406,7 @@ async def test_4_6_who_cuts_a_damaged_end_recovers_before(monkeypatch: pytest.Mo
     monkeypatch.setattr("dledger.repair.drop_open_fault", drop)
     phase = a_phase(Answers())
     phase._meta = cast(Any, SimpleNamespace(save_recovering=save_recovering))
-    await phase._cut(FAULT, _Found(absent={"n1": "never had it"}))
+    await phase._cut(FAULT, _Found(absent={"n1": "never had it"}), "cut")
     assert done == ["recovering True", "cut"]
 
 

@@ -258,6 +258,59 @@ async def test_damage_that_the_peers_have_trimmed_is_replaced_by_segments(tmp_pa
         await wait_until(lambda: not node.running.statistics().recovering, what="the leader's confirmation")
 
 
+async def test_segments_that_end_before_the_own_mark_are_no_new_damage(tmp_path: Path) -> None:
+    """All that is reached is a member that was away for the last entries: nothing of them is missing from *its* log."""
+    async with cluster(tmp_path) as toy:
+        await fill(toy, 30)
+        await toy.level()
+        node = a_follower(toy)
+        leader = await toy.leader()
+        short = next(other for other in toy.nodes.values() if other not in (node, leader))
+        for _ in range(2):  # the node itself keeps everything: its segments wait for checkpoints
+            for other in (leader, short):
+                await trio.to_thread.run_sync(other.running.save_checkpoint, *other.machine.checkpoint())
+        leader.running.trim_to(leader.running.committed_position)
+        await wait_until(lambda: short.running.statistics().first_index > 1, what="a trimmed log")
+        await toy.level()
+        end = short.running.statistics().last_index
+        await short.stop()
+        await fill(toy, 2, b"later")
+        await toy.level()
+        for other in (node, leader):
+            await other.stop()
+        assert node.running.statistics().first_index == 1
+        flip_body(node)
+        toy.nursery.start_soon(node.run_here)
+        await short.start()
+        await wait_until(lambda: node.running.is_serving, limit=10, what="the installed log to be served")
+        now = node.running.statistics()
+        assert now.counters["installs"] == 1 and now.recovering and now.last_index <= end
+        await trio.sleep(0.7)
+        assert not toy.leaders(), "what they have forgotten together, nobody else may lead without"
+        await leader.start()
+        await toy.put(b"more", limit=20)
+        await toy.level()
+        assert_same_logs(toy)
+        assert len(leader.machine.applied) == 32 * 300 + 1
+
+
+async def test_the_source_hears_that_a_transfer_is_complete(tmp_path: Path) -> None:
+    """What the new log holds is not kept for its sake any more."""
+    async with cluster(tmp_path) as toy:
+        await fill(toy, 45)
+        node = a_follower(toy)
+        await node.stop()
+        await trim(toy)
+        await begin_blank(toy, node)
+        await toy.level(20)
+        lenders = [other for other in toy.alive() if other is not node]
+        positions = [other.running._life.fetch_server.leased_position() for other in lenders]  # type: ignore[union-attr]
+        assert any(positions) and all(
+            position is None or position > other.running.end_position - 2 * SEGMENT
+            for position, other in zip(positions, lenders, strict=True)
+        ), positions
+
+
 async def test_lost_checkpoints_of_a_trimmed_log_come_from_a_peer_with_its_segments(tmp_path: Path) -> None:
     async with cluster(tmp_path) as toy:
         await fill(toy, 30)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ import trio
 
 from dledger.core.membership import AddLearner, Promote
 from dledger.core.types import FRAME_MAGIC, HEADER_BYTES, parse_entry
-from dledger.errors import LogDamaged
+from dledger.errors import LedgerError, LogDamaged
+from dledger.store.faults import add_suspects
+from dledger.store.rows import ROW_BYTES
 from runtime.testing import wait_until
-from tests.unit.dledger.dledger_toy import Node, ToyCluster, toy_env
+from tests.unit.dledger.dledger_toy import RECORD_BYTES, Node, ToyCluster, toy_env
 
 SEGMENT = 65_536
 MAGIC = FRAME_MAGIC.to_bytes(4, "little")
@@ -234,7 +236,23 @@ async def test_a_node_being_repaired_is_stopped_in_order(tmp_path: Path) -> None
             await node.stop()
 
 
+def flip_last(node: Node) -> tuple[Path, int]:
+    """Damage the last entry; returns the file and the offset where that entry begins."""
+    path = segments(node)[-1] if frames(segments(node)[-1]) else segments(node)[-2]
+    last = frames(path)[-1][0]
+    flip(path, last + 200)
+    return path, last
+
+
+def lose_last_row(node: Node) -> None:
+    """As a full disk does, or damage to the side rows too."""
+    path = max(path for path in (node.folder / "rows").iterdir() if path.read_bytes().strip(b"\0"))
+    data = path.read_bytes()
+    path.write_bytes(data[:-ROW_BYTES])
+
+
 async def test_damaged_end_is_cut_only_when_a_peer_has_it_and_a_leader_confirms_the_rest(tmp_path: Path) -> None:
+    """Nothing tells any more which entry it was that the mark is about."""
     async with cluster(tmp_path, flush="sync") as toy:
         await fill(toy, 8)
         await toy.level()
@@ -242,9 +260,8 @@ async def test_damaged_end_is_cut_only_when_a_peer_has_it_and_a_leader_confirms_
         node = next(node for node in toy.nodes.values() if node is not leader)
         others = [other for other in toy.nodes.values() if other is not node]
         await node.stop()
-        path = segments(node)[1]
-        last = frames(path)[-1][0]
-        flip(path, last + 200)
+        path, last = flip_last(node)
+        lose_last_row(node)
         for other in others:
             await other.kill()
         toy.nursery.start_soon(node.run_here)
@@ -260,6 +277,244 @@ async def test_damaged_end_is_cut_only_when_a_peer_has_it_and_a_leader_confirms_
         assert_identical(toy)
         assert node.running.statistics().counters["cut_as_damaged"] == 1
         await wait_until(lambda: not node.running.statistics().recovering, what="the confirmation")
+
+
+@pytest.mark.parametrize("is_stopped_in_order", [True, False])
+async def test_damaged_end_whose_last_entry_is_known_is_mended(tmp_path: Path, is_stopped_in_order: bool) -> None:
+    """The side row proves which entry it was. Only a stop in order proves that no later one was acknowledged."""
+    async with cluster(tmp_path, flush="sync") as toy:
+        await fill(toy, 8)
+        await toy.level()
+        leader = await toy.leader()
+        node, other = (node for node in toy.nodes.values() if node is not leader)
+        driver = node.running._driver
+        assert driver is not None
+        last_index = driver.store.last_index
+        await wait_until(lambda: driver.store._meta.saved.durable_index == last_index, what="the mark of the idle log")
+        await (node.stop() if is_stopped_in_order else node.kill())
+        await leader.stop()
+        await other.stop()
+        flip_last(node)
+        toy.nursery.start_soon(node.run_here)
+        await leader.start()  # that of the other two is not needed
+        await wait_until(lambda: node.running.is_serving, what="the mended log")
+        counters = node.running.statistics().counters
+        assert counters["repairs"] == 1 and counters["cut_as_damaged"] == 0
+        assert node.running.statistics().last_index >= last_index
+        if is_stopped_in_order:
+            assert not node.running.statistics().recovering
+            await toy.put(b"two of three, both sure", limit=10)
+        else:
+            await trio.sleep(1.0)
+            assert node.running.statistics().recovering and not toy.leaders()
+        await other.start()
+        await toy.put(b"more", limit=20)
+        await toy.level()
+        assert_identical(toy)
+
+
+async def test_damage_met_in_the_unsynced_end_leaves_the_node_sure(tmp_path: Path) -> None:
+    """No side row yet: but the run that met it knows what it wrote last, and so acknowledged at most."""
+    async with cluster(tmp_path, flush_interval_ms=60_000) as toy:
+        for number in range(4):
+            await toy.put(b"entry %d" % number)
+        await toy.level()
+        leader = await toy.leader()
+        node, third = (node for node in toy.alive() if node is not leader)
+        driver = node.running._driver
+        assert driver is not None and driver.store.durable_index < driver.store.written_index - 1
+        await third.kill()
+        position = driver.store.position_of(driver.store.written_index)
+        assert position is not None
+        with segments(node)[0].open("r+b") as file:
+            file.seek(position + 70)
+            file.write(b"!")
+        driver.damaged(LogDamaged("met by a read"))
+        await wait_until(lambda: node.running.statistics().counters["repairs"] == 1, what="the repair")
+        await leader.stop()  # the two others confirm nothing: what the node says is its own
+        await wait_until(lambda: node.running.is_serving, what="service")
+        assert not node.running.statistics().recovering
+        assert node.running.statistics().counters["cut_as_damaged"] == 0
+        await third.start()
+        await toy.put(b"two of three", limit=20)
+        await leader.start()
+        await toy.level()
+        assert_identical(toy)
+
+
+async def begin_damaged_alike(toy: ToyCluster) -> None:
+    """All members lose the same entries in the middle, and wait for each other."""
+    for node in toy.nodes.values():
+        await node.stop()
+    for node in toy.nodes.values():
+        flip_body(node)
+        toy.nursery.start_soon(node.run_here)
+    await wait_until(
+        lambda: all(
+            node.group is not None and "damaged here too" in node.group.statistics().waits_for
+            for node in toy.nodes.values()
+        ),
+        limit=10,
+        what="all of them to say what they wait for",
+    )
+
+
+async def test_what_nobody_can_supply_is_given_up_by_the_operators_word(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as toy:
+        await fill(toy, 20)
+        await toy.level()
+        lost = frames(segments(toy.nodes["n0"])[1])[2][1]
+        await begin_damaged_alike(toy)
+        now = toy.nodes["n0"].running.statistics()
+        assert (now.state, now.damaged) == ("repairing", ((lost, lost),))
+        toy.nodes["n0"].running.accept_loss()
+        await wait_until(lambda: toy.nodes["n0"].running.is_serving, what="the first to serve")
+        now = toy.nodes["n0"].running.statistics()
+        assert (now.last_index, now.recovering, now.counters["cut_as_damaged"]) == (lost - 1, True, 1)
+        assert toy.nodes["n1"].running.state == "repairing", "each is told by itself"
+        await trio.sleep(0.7)
+        assert not toy.leaders()
+        for name in ("n1", "n2"):
+            toy.nodes[name].running.accept_loss()
+        await toy.put(b"in its place", limit=20)
+        await toy.level()
+        assert_identical(toy)
+        applied = toy.nodes["n0"].machine.applied
+        assert applied[-1].startswith(b"in its place") and 300 < len(applied) < 20 * 300
+
+
+async def test_what_was_given_up_comes_back_from_who_still_has_it(tmp_path: Path) -> None:
+    """The word was said too early: a member that was away has the entries, and brings them."""
+    async with cluster(tmp_path) as toy:
+        await fill(toy, 20)
+        await toy.level()
+        count = len(toy.nodes["n0"].machine.applied)
+        *damaged, whole = toy.nodes.values()
+        for node in toy.nodes.values():
+            await node.stop()
+        for node in damaged:
+            flip_body(node)
+            toy.nursery.start_soon(node.run_here)
+        await wait_until(
+            lambda: all("damaged here too" in node.running.statistics().waits_for for node in damaged if node.group),
+            what="both to wait for each other",
+        )
+        for node in damaged:
+            node.running.accept_loss()
+        await wait_until(lambda: all(node.running.is_serving for node in damaged), what="service")
+        await whole.start()
+        await toy.put(b"more", limit=20)
+        await toy.level()
+        assert_identical(toy)
+        assert len(whole.machine.applied) == count + 1, "whoever had most was elected"
+
+
+async def test_tables_are_not_given_up_with_the_entries(tmp_path: Path) -> None:
+    """The log before was trimmed, and no checkpoint is of an entry before the damage: a cut would leave nothing."""
+    async with cluster(tmp_path) as toy:
+        await fill(toy, 30)
+        await toy.level()
+        for _ in range(2):
+            for node in toy.nodes.values():
+                await trio.to_thread.run_sync(node.running.save_checkpoint, *node.machine.checkpoint())
+        leader = await toy.leader()
+        leader.running.trim_to(2 * SEGMENT)
+        await wait_until(
+            lambda: min(node.running.statistics().first_index for node in toy.alive()) > 1, what="trimmed logs"
+        )
+        await toy.level()
+        await begin_damaged_alike(toy)
+        node = toy.nodes["n0"]
+        with pytest.raises(LedgerError, match="restore a backup"):
+            node.running.accept_loss()
+        await trio.sleep(0.3)
+        assert node.running.state == "repairing" and node.running.statistics().counters["cut_as_damaged"] == 0
+
+
+async def test_there_is_nothing_to_give_up_while_tables_are_fetched(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as toy:
+        await fill(toy, 30)
+        await toy.level()
+        for _ in range(2):
+            for node in toy.nodes.values():
+                await trio.to_thread.run_sync(node.running.save_checkpoint, *node.machine.checkpoint())
+        leader = await toy.leader()
+        leader.running.trim_to(2 * SEGMENT)
+        await wait_until(
+            lambda: min(node.running.statistics().first_index for node in toy.alive()) > 1, what="trimmed logs"
+        )
+        for node in toy.nodes.values():
+            await node.stop()
+        node = toy.nodes["n0"]
+        for name in ("checkpoint", "checkpoint.1"):
+            (node.folder / name).unlink()
+        toy.nursery.start_soon(node.run_here)
+        await wait_until(lambda: node.group is not None and node.group.state == "installing", what="the phase")
+        with pytest.raises(LedgerError, match="nothing to give up while the log is installing"):
+            node.running.accept_loss()
+
+
+async def test_two_nodes_damaged_alike_are_mended_by_the_third(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as toy:
+        await fill(toy, 20)
+        await toy.level()
+        *damaged, third = toy.nodes.values()
+        for node in toy.nodes.values():
+            await node.stop()
+        for node in damaged:
+            flip_two_segments(node)
+            toy.nursery.start_soon(node.run_here)
+        await third.start()
+        await toy.put(b"more", limit=20)
+        await toy.level()
+        assert_identical(toy)
+        assert [node.running.statistics().counters["repairs"] for node in damaged] == [2, 2]
+        assert not any(node.running.statistics().counters["cut_as_damaged"] for node in damaged)
+
+
+async def test_a_leader_damaged_under_load_hands_over_and_loses_nothing(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as toy:
+        await fill(toy, 12)
+        await toy.level()
+        old = await toy.leader()
+        acknowledged: list[bytes] = []
+        is_over = False
+
+        async def load() -> None:
+            number = 0
+            while not is_over:
+                record = b"load %d" % number
+                number += 1
+                done = trio.Event()
+                outcome: list[str] = []
+
+                def told(how: str, outcome: list[str] = outcome, done: trio.Event = done) -> None:
+                    outcome.append(how)
+                    done.set()
+
+                for node in toy.leaders():
+                    with suppress(LedgerError):
+                        node.machine.put(node.running, record, told)
+                with trio.move_on_after(0.5):
+                    await done.wait()
+                if outcome == ["applied"]:
+                    acknowledged.append(record.ljust(RECORD_BYTES, b"."))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(load)
+            await wait_until(lambda: len(acknowledged) > 20, what="load")
+            flip_body(old)
+            add_suspects(toy.env.files, str(old.folder), [SEGMENT])  # as the scrub does, which comes by once a day
+            assert old.running._driver is not None
+            old.running._driver.damaged(LogDamaged("met by the scrub"))
+            await wait_until(lambda: old.running.statistics().counters["repairs"] == 1, what="the repair")
+            await wait_until(lambda: old.running.is_serving and toy.leaders(), limit=10, what="service")
+            before = len(acknowledged)
+            await wait_until(lambda: len(acknowledged) > before + 20, limit=10, what="more load")
+            is_over = True
+        await toy.level()
+        assert_identical(toy)
+        assert not set(acknowledged) - set(old.machine.applied)
 
 
 async def test_damaged_entries_that_no_quorum_can_have_are_given_up(tmp_path: Path) -> None:
