@@ -327,7 +327,6 @@ class Peers:
         self._complaints: dict[tuple[str, str], float] = {}
         self._addresses: dict[str, tuple[Address, ...]] = {}
         """Whom to dial, and where: the likeliest place first."""
-        self._known: frozenset[str] = frozenset()
         self._dialling: dict[str, trio.CancelScope] = {}
         self._nursery: trio.Nursery | None = None
         self._handshakes = trio.CapacityLimiter(INCOMING_MAX)
@@ -345,8 +344,9 @@ class Peers:
     def set_members(self, addresses: Mapping[str, Address]) -> None:
         """The members in force, and where they take connections: new ones are dialled, those that went are let go.
 
-        A member that is not found there is dialled where the configuration says: it may have moved. Who was configured,
-        or is a member, may call: one that was removed must be able to learn it.
+        A member that is not found there is dialled where the configuration says: it may have moved. Whoever proves to
+        belong to the group may call, a member or not: this log may lack the entry that made a member of it, and maybe
+        only the caller, as the leader, can bring that (dissertation 4.1). One that was removed has to learn it, too.
         """
         config = self._config
         wanted: dict[str, tuple[Address, ...]] = {}
@@ -358,7 +358,6 @@ class Peers:
         gone = [name for name in self._addresses if name not in wanted]
         added = [name for name in wanted if name not in self._addresses]
         self._addresses = wanted
-        self._known = frozenset([*config.peers, *addresses])
         for name in gone:
             self._dialling.pop(name, trio.CancelScope()).cancel()
             for link in (self._dialled.get(name), self._accepted.get(name)):
@@ -560,7 +559,7 @@ class Peers:
         ):
             if there != here:
                 raise Refused(f"its {what} is {there!r}, ours {here!r}")
-        if theirs.node_id == identity.node_id or theirs.node_id not in self._known:
+        if theirs.node_id == identity.node_id:
             raise Refused(f"{theirs.node_id!r} is not another member of group {identity.group}")
         if expected_id is not None and theirs.node_id != expected_id:
             raise Refused(f"{theirs.node_id!r} answers where {expected_id!r} should be")

@@ -191,7 +191,7 @@ class SimDisk:
         return 0
 
     def _write_done(self, incarnation: int, job: _Job) -> None:
-        if incarnation != self._node.incarnation:
+        if incarnation != self._node.incarnation or job not in self._writes:
             return
         if self._world.now < self.full_until:  # filled meanwhile
             self._world.at(self.full_until, self._write_done, incarnation, job)
@@ -216,7 +216,7 @@ class SimDisk:
         self._world.at(self._done_at(self._plan.sync_latency), self._sync_done, incarnation, self._sync)
 
     def _sync_done(self, incarnation: int, job: _Job) -> None:
-        if incarnation != self._node.incarnation:
+        if incarnation != self._node.incarnation or job is not self._sync:
             return
         if self._fails_at == "sync":
             self._fail()
@@ -429,6 +429,12 @@ class SimDisk:
         if self.full_until > now:
             self.full_until = now
             self._tell_state_at(now, True)
+        self._write_free_at = min(self._write_free_at, now)
+        incarnation = self._node.incarnation
+        for job in self._writes:
+            self._world.at(now, self._write_done, incarnation, job)
+        if self._sync is not None:
+            self._world.at(now, self._sync_done, incarnation, self._sync)
 
     @property
     def synced_range(self) -> range:

@@ -719,10 +719,13 @@ class SimNode:
             return
         log, nbytes = self.log, self._world.plan.segment_bytes
         position = min(int.from_bytes(order.body[:8], "little"), log.position_end - SEGMENTS_KEPT * nbytes)
+        following = log.peek(min(self.applied_index, self.disk.durable) + 1)
+        if following is not None:
+            position = min(position, following.position)
         start = position // nbytes * nbytes
         last = 0
         for entry in log:
-            if entry.position >= start or entry.index > min(self.applied_index, self.disk.durable):
+            if entry.position >= start:
                 break
             last = entry.index
         if last >= log.first_index and not log.bad:

@@ -144,10 +144,11 @@ async def test_4_14_a_strangers_message_is_small() -> None:
 
 
 class Caller(Rogue):
-    """The dialling end of a connection: says hello, and answers the welcome with a proof it has made up."""
+    """The dialling end of a connection: says hello, and answers the welcome with a proof, one that it has made up."""
 
-    def __init__(self, hello: Hello) -> None:
+    def __init__(self, hello: Hello, proof: bytes = bytes(32)) -> None:
         super().__init__("n1", None)
+        self.proof = proof
         self.answers.append(b"".join(map(bytes, encode(KIND_HELLO, hello_fields(hello)))))
 
     async def send_parts(self, parts: Any) -> None:
@@ -155,7 +156,7 @@ class Caller(Rogue):
         for received in self.reader.feed(b"".join(bytes(part) for part in parts)):
             self.kinds.append(received.kind)
             if received.kind == KIND_WELCOME:
-                self.answers.append(b"".join(map(bytes, encode(KIND_PROOF, (bytes(32),)))))
+                self.answers.append(b"".join(map(bytes, encode(KIND_PROOF, (self.proof,)))))
 
 
 async def test_4_14_who_calls_proves_that_it_knows_the_secret() -> None:
@@ -167,12 +168,19 @@ async def test_4_14_who_calls_proves_that_it_knows_the_secret() -> None:
     assert KIND_PONG not in caller.kinds
 
 
-@pytest.mark.parametrize("stranger", ["n9", "n0"])
-async def test_4_14_who_calls_is_another_member(stranger: str) -> None:
+async def test_4_14_who_calls_is_another_node() -> None:
     peers = peers_of(a_config())
-    hello = msgspec.structs.replace(peers_of(a_config(node_id="n1"))._hello("n0"), node_id=stranger)
+    hello = msgspec.structs.replace(peers_of(a_config(node_id="n1"))._hello("n0"), node_id="n0")
     with pytest.raises(Refused, match="is not another member"):
         await peers._admit(cast(Any, Caller(hello)))
+
+
+async def test_4_1_who_belongs_to_the_group_may_call_whatever_this_log_says() -> None:
+    """A leader that joined after the last entry of this log is the only one who can tell so."""
+    peers = peers_of(a_config())
+    hello = msgspec.structs.replace(peers_of(a_config(node_id="n1"))._hello("n0"), node_id="n9")
+    link = await peers._admit(cast(Any, Caller(hello, proof=b"")))
+    assert link.peer == "n9"
 
 
 def test_a_proof_covers_the_newest_versions_that_both_told() -> None:
