@@ -77,15 +77,25 @@ class Installer:
     """Pulls segments, until they are all there. One at a time; resumed by the next one."""
 
     def __init__(
-        self, env: Env, folder: str, segment_bytes: int, client: FetchClient, log: Logger, own: LogStore | None = None
+        self,
+        env: Env,
+        folder: str,
+        segment_bytes: int,
+        client: FetchClient,
+        log: Logger,
+        own: LogStore | None = None,
+        *,
+        misfits: int = 0,
     ) -> None:
-        """`own` is this node's log, where it can be read."""
+        """`own` is this node's log, where it can be read. `misfits`: how many transfers in a row have brought segments
+        that did not fit together: each begins with another source, and from the second on with nothing kept."""
         self._env = env
         self._folder = folder
         self._segment_bytes = segment_bytes
         self._client = client
         self._log = log
         self._own = own
+        self._misfits = misfits
         self.total_bytes = 0
         self.missing_bytes = 0
         """What is still to come of the present transfer."""
@@ -99,7 +109,9 @@ class Installer:
         Raises OSError where the disk fails.
         """
         pause = PAUSE_SECONDS_MIN
-        turn = 0
+        turn = self._misfits
+        if self._misfits > 1:  # whether the manifest, or a part, is the lie: begin anew
+            await self._env.run_in_thread(self._discard)
         while is_needed():
             sources = self._client.sources()
             self.waits_for = "" if sources else "no peer is connected"

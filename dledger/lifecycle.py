@@ -99,6 +99,8 @@ class LifeCycle:
         self._installer: Installer | None = None
         self._catch_up: SegmentCatchUp | None = None
         self._pulled: Pulled | None = None
+        self._misfits = 0
+        """Transfers in a row whose segments did not fit together."""
         self._lacks_tables = False
         self._last_written: LastEntry | None = None
         """What the last run of this process wrote last, where the log is opened anew behind it."""
@@ -235,6 +237,7 @@ class LifeCycle:
         try:
             await finish_install(self._env, self._config.data_dir, pulled, meta)
         except LogDamaged as error:
+            self._misfits += 1
             self._log.error("fetched segments do not fit together; fetching them again", error=str(error))
             return
         except OSError as error:
@@ -242,6 +245,7 @@ class LifeCycle:
                 raise
             self._log.error("no room to install segments", error=str(error))
             return
+        self._misfits = 0
         self._last_written = None  # that was in another log
         self.counters["installs"] += 1
         self._log.info("segments installed", last_index=pulled.last_index)
@@ -337,7 +341,14 @@ class LifeCycle:
         self._state = "installing"
         # What the segments do not hold, this node may have acknowledged.
         await log.meta.save_recovering(True)
-        self._installer = Installer(self._env, self._config.data_dir, log.identity.segment_bytes, client, self._log)
+        self._installer = Installer(
+            self._env,
+            self._config.data_dir,
+            log.identity.segment_bytes,
+            client,
+            self._log,
+            misfits=self._misfits,
+        )
         self._pulled = await self._installer.pull(lambda: 1, lambda: not phase.is_loss_accepted)
         self._installer = None
         self._state = "repairing"
@@ -373,7 +384,7 @@ class LifeCycle:
         server = FetchServer(env, source, config.fetch_bytes_per_second)
         catch_up = SegmentCatchUp(
             store,
-            lambda: Installer(env, config.data_dir, segment_bytes, client, self._log, store),
+            lambda: Installer(env, config.data_dir, segment_bytes, client, self._log, store, misfits=self._misfits),
             lambda: driver.core.verified_index,
         )
         driver = Driver(

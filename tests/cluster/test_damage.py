@@ -152,3 +152,48 @@ async def test_flipped_truncated_and_older_segments(tmp_path: Path) -> None:
                 assert damages_told(running, victim) > told
                 assert path.stat().st_size == SEGMENT_BYTES
                 await fill(client, stored, 10)
+
+
+async def test_what_no_broker_has_any_more_is_given_up_by_the_operators_word(tmp_path: Path) -> None:
+    """All three lose the same message. They wait for each other, alive and answering, until they are told to go on."""
+    env = real_env()
+    stored: Stored = {}
+    text = default_text().replace('flush = "async"', f'flush = "async"\nsegment_bytes = {SEGMENT_BYTES}', 1)
+    with cluster(tmp_path / "data", config=text) as running:
+        async with quorate.connect(running.namesrv) as client:
+            await client.admin.create_topic(TOPIC, queues=4)
+            await fill(client, stored, PER_SEGMENT // 2)
+            await same_logs(env, running)
+            lost = sorted(stored)[len(stored) // 2]
+            before = {name: running.pid(name) for name in BROKERS}
+            running.kill_all_brokers_at_once()
+            await env.run_in_thread(wait_for, lambda: not any(map(running.pid, BROKERS)), 10, "all brokers are down")
+            for name in BROKERS:  # the supervisor starts them again a second after their end
+                flip_bit(segments(running, name)[0], lost + 1000)
+            for name in BROKERS:
+                await env.run_in_thread(running.wait_restarted, name, before[name])
+            pids = {name: running.pid(name) for name in BROKERS}
+
+            def states() -> list[str]:
+                return [str(running.status()[name]["log_state"]) for name in BROKERS]
+
+            await env.run_in_thread(wait_for, lambda: states() == ["repairing"] * 3, 10, "all to repair", 0.25)
+            doctor = run_quorate("doctor", "--data", str(running.data), check=False)
+            assert doctor.returncode == 5 and "damaged here too" in doctor.stdout, doctor.stdout
+            assert "quorate raft recover broker-a/n0" in doctor.stdout, doctor.stdout
+            asked = run_quorate("raft", "recover", "n0", "--data", str(running.data), check=False)
+            assert asked.returncode == 2 and "Damaged are entries" in asked.stderr, asked.stderr
+            assert states() == ["repairing"] * 3 and {name: running.pid(name) for name in BROKERS} == pids
+            for name in BROKERS:
+                told = running.verb("raft", "recover", name, "--accept-loss")
+                assert told["accepted"] and told["damaged"], told
+            await env.run_in_thread(running.leader, MENDED_WITHIN_S)
+            kept = {offset: body for offset, body in stored.items() if offset < lost - BODY_BYTES * 10}
+            assert kept
+            await fill(client, dict(kept), 10)
+            await same_logs(env, running)
+            for name in BROKERS:
+                for offset in sorted(kept)[:: len(kept) // 5]:
+                    assert await view(client, running, name, offset) == kept[offset]
+            assert {name: running.pid(name) for name in BROKERS} == pids
+            assert [running.processes()[name]["restarts"] for name in BROKERS] == [1, 1, 1]

@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import trio
+from attrs import evolve
 
 from dledger.core.config import RaftConfig
 from dledger.errors import LedgerError, NotLeader
+from dledger.fetch import Answer, LogSource
 from dledger.group import AddLearner, Promote, Remove, Role
-from dledger.store.staging import Staging
+from dledger.store.staging import Staging, decode_manifest, encode_manifest
+from dledger.wire import Fetch, FetchKind
 from runtime.testing import wait_until
 from tests.unit.dledger.dledger_toy import Node, ToyCluster, toy_env
 from tests.unit.dledger.test_repair import SEGMENT, assert_identical, fill, flip_body
@@ -240,6 +243,39 @@ async def test_full_disk_holds_a_transfer_up_and_ends_nobody(tmp_path: Path, mon
         await node.start()
         await toy.level(20)
         assert failures == 3 and node.running.statistics().counters["installs"] == 1
+        assert_same_logs(toy)
+
+
+@pytest.mark.parametrize("lie", ["a part", "the manifest"])
+async def test_a_source_of_garbage_does_not_keep_a_node_from_being_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lie: str
+) -> None:
+    """Whatever it sends passes all checks on the way: its memory is bad, say. Another one is asked the next time."""
+    answer = LogSource.answer
+    async with cluster(tmp_path) as toy:
+        await fill(toy, 45)
+        await toy.level()
+        node = a_follower(toy)
+        await node.stop()
+        await trim(toy)
+        liar = str(min(other.folder for other in toy.alive()))  # who is asked first
+
+        async def garbage(source: LogSource, peer: str, fetch: Fetch) -> Answer:
+            told = await answer(source, peer, fetch)
+            if source._folder != liar or not told.is_ok or not told.data:
+                return told
+            if lie == "a part" and fetch.kind is FetchKind.CHUNK:
+                return evolve(told, data=told.data[:-1] + bytes([told.data[-1] ^ 1]))
+            if lie == "the manifest" and fetch.kind is FetchKind.MANIFEST:
+                manifest = decode_manifest(told.data)
+                last = evolve(manifest.segments[-1], last_crc=manifest.segments[-1].last_crc ^ 1)
+                return evolve(told, data=encode_manifest(evolve(manifest, segments=(*manifest.segments[:-1], last))))
+            return told
+
+        monkeypatch.setattr(LogSource, "answer", garbage)
+        await begin_blank(toy, node)
+        await wait_until(lambda: node.running.statistics().counters["installs"] == 1, limit=20, what="the log")
+        await toy.level(20)
         assert_same_logs(toy)
 
 
