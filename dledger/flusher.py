@@ -59,7 +59,7 @@ class LogFlusher:
     @property
     def services(self) -> tuple[Callable[[], Awaitable[None]], ...]:
         """Each to run in a task of its own. They raise LogDamaged, StoreFailed or OSError."""
-        return self._keep_synced, self._keep_written, self._keep_spare, self._keep_scrubbed
+        return self._keep_synced, self._keep_written, self._keep_spare, self._keep_scrubbed, self._store.watch_files
 
     def write(self, *, is_sampled: bool) -> None:
         """Bring accepted entries to the page cache, or have them brought there while the disk is slow."""

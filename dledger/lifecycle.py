@@ -206,14 +206,14 @@ class LifeCycle:
         """From the disk to the end of serving. Raises Reopen where it is to begin again."""
         env, config = self._env, self._config
         await end_switch(env, config.data_dir, meta)
-        if config.flush == "async" and has_failed(env.files, config.data_dir):
+        if self._answered_from_cache(meta) and has_failed(env.files, config.data_dir):
             # It acknowledged from the page cache, which the recovery drops: as after a power loss.
             await meta.save_recovering(True)
         options = StoreOptions(
             warm=config.warm,
             mlock=config.mlock,
             advise=config.advise,
-            hint_is_evidence=config.flush == "sync",
+            hint_is_evidence=not self._answered_from_cache(meta),
         )
         store, recovered = await LogStore.open(env, config.data_dir, identity.segment_bytes, meta, options)
         log = OpenLog(store, recovered, meta, identity)
@@ -261,7 +261,12 @@ class LifeCycle:
     def _may_have_forgotten(self, meta: MetaFile) -> bool:
         """Whether a power loss may have taken what this node acknowledged: async flush, and the machine rebooted."""
         saved = meta.saved
-        return self._config.flush == "async" and not saved.clean and saved.boot != boot_tag(self._env.ids.boot_id)
+        return self._answered_from_cache(meta) and not saved.clean and saved.boot != boot_tag(self._env.ids.boot_id)
+
+    def _answered_from_cache(self, meta: MetaFile) -> bool:
+        """Whether the run that wrote the log may have acknowledged what only the page cache had. The slots say so where
+        it did; slots of earlier programs do not, so a configuration that has not changed counts as well."""
+        return meta.saved.is_async or self._config.flush == "async"
 
     # A damaged log.
 
@@ -473,7 +478,8 @@ class LifeCycle:
             commit_hint=recovered.commit_hint,
             recovering=recovering,
         )
-        await meta.save_started(boot_tag(self._env.ids.boot_id), recovering=recovering)
+        boot, is_async = boot_tag(self._env.ids.boot_id), self._config.flush == "async"
+        await meta.save_started(boot, recovering=recovering, is_async=is_async)
         return recovering
 
     async def _keep_caught_up(self, driver: Driver, catch_up: SegmentCatchUp) -> None:

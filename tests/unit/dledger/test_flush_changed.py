@@ -1,0 +1,133 @@
+"""How the log was flushed counts for what a power loss took of it, not how it is flushed from now on."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+from attrs import evolve
+
+from dledger.config import GroupConfig
+from dledger.core.types import HEADER_BYTES
+from dledger.group import RaftGroup
+from dledger.store.failure import mark_failed
+from dledger.store.format import read_format
+from dledger.store.meta import MetaFile
+from dledger.store.segments import segment_name
+from runtime.logs import get_logger
+from runtime.model import Env
+from runtime.testing import wait_until
+from tests.unit.dledger.dledger_toy import Node, ToyCluster, ToyMachine, toy_env
+from tests.unit.dledger.test_compat import FOLDERS, unpacked
+
+
+class Boot:
+    """The machine after its n-th start."""
+
+    host, pid, memory_bytes = "h", 1, 1 << 34
+
+    def __init__(self, number: int) -> None:
+        self.boot_id = f"boot {number}"
+
+    def salt(self, nbytes: int) -> bytes:
+        return bytes(nbytes)
+
+
+@asynccontextmanager
+async def one_left(tmp_path: Path) -> AsyncIterator[tuple[ToyCluster, Node, list[Node]]]:
+    """A follower of a group with async flush, killed like all the others."""
+    async with trio.open_nursery() as nursery:
+        toy = ToyCluster(toy_env(tmp_path), tmp_path, nursery, 3)
+        await toy.start()
+        for number in range(5):
+            await toy.put(b"%d" % number)
+        await toy.level()
+        leader = await toy.leader()
+        node, *others = sorted(toy.alive(), key=lambda each: each is leader)
+        for each in (node, *others):
+            await each.kill()
+        toy.settings["flush"] = "sync"
+        yield toy, node, others
+        nursery.cancel_scope.cancel()
+
+
+async def test_async_then_a_power_loss_then_sync_recovers_first(tmp_path: Path) -> None:
+    async with one_left(tmp_path) as (toy, node, others):
+        toy.env = evolve(toy.env, ids=Boot(1))
+        await node.start()
+        assert node.running.statistics().recovering and node.running.statistics().power_lost_index == 6
+        await node.kill()
+        await node.start()
+        assert node.running.statistics().recovering, "nobody has confirmed it meanwhile"
+        for other in others:
+            await other.start()
+        await toy.put(b"more")
+        await wait_until(lambda: not node.running.statistics().recovering, what="the leader's confirmation")
+        await node.kill()
+        toy.env = evolve(toy.env, ids=Boot(2))
+        await node.start()
+        assert not node.running.statistics().recovering, "with sync flush a power loss takes nothing that was promised"
+        assert node.running.statistics().power_lost_index is None
+
+
+async def test_async_then_a_failed_sync_then_sync_recovers_first(tmp_path: Path) -> None:
+    async with one_left(tmp_path) as (toy, node, _):
+        mark_failed(toy.env.files, str(node.folder), "sync failed")
+        await node.start()
+        assert node.running.statistics().recovering
+
+
+@pytest.mark.parametrize("was_async", [True, False])
+async def test_a_commit_index_in_a_frame_proves_nothing_where_the_run_that_wrote_it_was_async(
+    tmp_path: Path, was_async: bool
+) -> None:
+    """Without a side row or a mark, what is torn by the power loss is torn: maybe nobody has it any more."""
+    async with one_left(tmp_path) as (toy, node, _):
+        folder = str(node.folder)
+        identity = read_format(toy.env.files, folder)
+        assert identity is not None
+        meta = MetaFile.open(toy.env.files, folder, identity)
+        assert meta.saved.is_async
+        await meta.save_mark(0)
+        await meta.save_started(meta.saved.boot, is_async=was_async)
+        meta.close()
+        (node.folder / "rows" / segment_name(0)).write_bytes(b"")
+        with (node.folder / "log" / segment_name(0)).open("r+b") as file:
+            file.seek(HEADER_BYTES)
+            file.write(b"?" * 40)  # the first entries
+        before = node.group
+        toy.nursery.start_soon(node.run_here)
+        await wait_until(lambda: node.group is not before and node.running.state != "recovering", what="a state")
+        assert node.running.state == ("serving" if was_async else "repairing")
+
+
+@pytest.mark.parametrize("flush", ["async", "sync"])
+@pytest.mark.parametrize("name", FOLDERS)
+async def test_a_folder_of_format_1_does_not_say_and_its_configuration_counts(
+    tmp_path: Path, name: str, flush: str
+) -> None:
+    folder, recorded = unpacked(name, tmp_path)
+    env: Env = evolve(toy_env(tmp_path), ids=Boot(1))
+    config = GroupConfig(
+        cluster="released",
+        cluster_uuid="c" * 32,
+        group="g0",
+        node_id=recorded["node_id"],
+        peers={f"n{number}": ("127.0.0.1", 1) for number in range(3)},
+        data_dir=str(folder),
+        segment_bytes=65_536,
+        flush=flush,
+    )
+    group = RaftGroup(env, config, ToyMachine(), get_logger("toy"), listener=await env.net.listen("127.0.0.1", 0))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(group.run)
+        assert group.statistics().recovering == (flush == "async" and name == "folder-killed")
+        identity = read_format(env.files, str(folder))
+        assert identity is not None
+        meta = MetaFile.open(env.files, str(folder), identity)
+        assert meta.saved.is_async == (flush == "async"), "from this start on it does say"
+        meta.close()
+        await group.stop_gracefully()
