@@ -140,7 +140,7 @@ async def test_scenario_10_what_lies_in_a_truncated_file_is_damaged_and_the_proc
             store.read(SEGMENT + 1024 * number, 1024)
     os.truncate(tmp_path / "log" / segment_name(SEGMENT), 4096)
     with pytest.raises(EntryDamaged):
-        bytes(store.read(entry.position, 64) or b"")
+        store.read(entry.position, 64)  # the bytes themselves would end the process
     with pytest.raises(EntryDamaged):
         await store.read_in_thread(entry.position, 64)
     with pytest.raises(EntryDamaged):
