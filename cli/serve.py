@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from namesrv.config import NamesrvConfig
 
 ORPHAN_LOOK_S = 1.0
+FILLED_LOOK_S = 0.25
 MANAGED_DRAIN_S = 2.0
 
 
@@ -36,6 +37,9 @@ class Service(Protocol):
 
     async def stop(self, drain_s: float) -> None:
         """Hand leadership over, go on forwarding for so long, end `run`. Checkpoint."""
+
+    def has_all(self) -> bool:
+        """Whether what it had lost, or never had, is there by now."""
 
 
 @frozen(kw_only=True)
@@ -188,6 +192,8 @@ async def _run_all(env: Env, assignment: Assignment, service: Service) -> None:
         if assignment.events is not None:
             assignment.events.write({"event": "ready"})
         nursery.start_soon(_leave_with_supervisor, env, assignment)
+        if assignment.is_join_allowed and assignment.events is not None:
+            nursery.start_soon(_tell_when_filled, env, service, assignment.events)
 
 
 async def _run_service(
@@ -225,6 +231,12 @@ def _report_role(assignment: Assignment, role: str, term: int, leader: str | Non
         assignment.events.write({"event": "role", "role": role, "term": term, "leader": leader, "ready": is_ready})
 
 
+async def _tell_when_filled(env: Env, service: Service, events: EventWriter) -> None:
+    while not service.has_all():
+        await env.clock.sleep(FILLED_LOOK_S)
+    events.write({"event": "filled"})
+
+
 async def _leave_with_supervisor(env: Env, assignment: Assignment) -> None:
     """Where the kernel does not see to it."""
     while assignment.supervisor_pid is not None:
@@ -259,6 +271,9 @@ class _NamesrvService:
         self._stopped.cancel()
         await trio.lowlevel.checkpoint()
 
+    def has_all(self) -> bool:
+        return True
+
 
 class _BrokerService:
     def __init__(self, env: Env, assignment: Assignment) -> None:
@@ -274,6 +289,11 @@ class _BrokerService:
 
     async def stop(self, drain_s: float) -> None:
         await self._node.stop(drain_s)
+
+    def has_all(self) -> bool:
+        """A leader has confirmed its log: until then it may lack what it, or its folder's predecessor, acknowledged."""
+        said = self._node.group.statistics()
+        return said.state == "serving" and not said.recovering
 
 
 def _pair(address: Address) -> tuple[str, int]:

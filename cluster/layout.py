@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -272,12 +272,24 @@ def is_node_blank(files: Files, folder: str) -> bool:
     return not files.exists(f"{folder}/raft/format.json")
 
 
+def filling_mark(folder: str) -> str:
+    """A file in a broker's folder from its start without a log until it has one that a leader has confirmed."""
+    return f"{folder}/filling"
+
+
 def lost_folders(files: Files, group: GroupSection, folders: Mapping[str, str]) -> list[str]:
-    """Folders of founders of a formatted group that hold no log, where they are so many that the rest cannot fill them:
-    what is gone may be all there was. Else none. `folders` has each node's that is to run, by its id."""
-    blank = [name for name in folders if is_node_blank(files, folders[name])]
-    empty = [folders[founder.name] for founder in group.founders if founder.name in blank]
-    return empty if len(empty) >= len(folders) - len(blank) else []
+    """Folders of founders of a formatted group that hold no log, or not all of it yet, where they are so many that the
+    rest cannot fill them: what is gone may be all there was. None where all have one, though one be filled just now.
+    `folders` has each node's that is to run, by its id."""
+    blank = {name for name in folders if is_node_blank(files, folders[name])}
+    lacking = blank | {name for name in folders if files.exists(filling_mark(folders[name]))}
+    lost = [folders[founder.name] for founder in group.founders if founder.name in lacking]
+    return lost if blank and len(lost) >= len(folders) - len(lacking) else []
+
+
+def as_lost(folders: Sequence[str]) -> str:
+    """What is the matter with folders that `lost_folders` named."""
+    return f"{' and '.join(folders)} {'has' if len(folders) == 1 else 'have'} no data, or not all of it yet"
 
 
 def _group_identity(
@@ -295,8 +307,7 @@ def _group_identity(
         empty = lost_folders(env.files, group, folders)
         if empty:
             raise UpRefused(
-                f"raft group {group.name}: {' and '.join(empty)} {'is' if len(empty) == 1 else 'are'} empty, though "
-                "the group was formatted, and the rest is no majority; put the data back, or start afresh in another "
-                "folder with --data DIR"
+                f"raft group {group.name}: {as_lost(empty)}, though the group was formatted, and the rest is no "
+                "majority; put the data back, or start afresh in another folder with --data DIR"
             )
     return known

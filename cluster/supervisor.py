@@ -25,6 +25,8 @@ from cluster.layout import (
     RunningNode,
     UpRefused,
     UpState,
+    as_lost,
+    filling_mark,
     is_node_blank,
     lock_data,
     lost_folders,
@@ -77,7 +79,8 @@ class Event:
 
     at_ms: int
     kind: str
-    """started, ready, blank, refused, killed, exited, restarting, leader, no_leader, all_ready, stopping, stopped."""
+    """started, ready, blank, filled, refused, killed, exited, restarting, leader, no_leader, all_ready, stopping,
+    stopped."""
     node: str | None
     text: str
 
@@ -378,8 +381,8 @@ class Supervisor:
         if not lost:
             return None
         return (
-            f"{node.name} is not started: {' and '.join(lost)} {'is' if len(lost) == 1 else 'are'} empty, and the rest "
-            f"of {group.name} is no majority; put the data back"
+            f"{node.name} is not started: {as_lost(lost)}, and the rest of {group.name} is no majority; put the data "
+            "back, or wait for those that are being filled"
         )
 
     async def _run_once(self, slot: _Slot) -> int:
@@ -419,12 +422,17 @@ class Supervisor:
         ]
         if node.group is None:
             return arguments
+        folder = self.layout.node(node.name)
         is_founder = node.id in {founder.name for founder in self.config.group(node.group).founders}
         if is_founder and node.group in self._unformatted:
             arguments.append("--format")
-        elif is_node_blank(self._env.files, self.layout.node(node.name)):
+        elif is_node_blank(self._env.files, folder):
             arguments.append("--join")
+            self._env.files.make_dirs(folder)
+            self._env.files.write_atomic(filling_mark(folder), b"")
             self._tell("blank", node.name, f"{node.name} has no data; the rest of its raft group will fill it")
+        elif self._env.files.exists(filling_mark(folder)):
+            arguments.append("--join")  # it ended before it had all: it is to say when it has
         return arguments
 
     async def _listen(self, slot: _Slot, child: Child) -> None:
@@ -442,6 +450,11 @@ class Supervisor:
                 slot.ready.set()
                 self._enter(slot, "up")
                 self._tell("ready", slot.node.name, f"{slot.node.name} ready on {slot.node.listen}")
+            case "filled":
+                mark = filling_mark(self.layout.node(slot.node.name))
+                if self._env.files.exists(mark):
+                    self._env.files.unlink(mark)
+                    self._tell("filled", slot.node.name, f"{slot.node.name} has the data of its raft group")
             case "role" if slot.node.group is not None and not self._is_stopping:
                 self._take_role(slot.node.group, slot.node.name, event)
 

@@ -555,10 +555,11 @@ class Peers:
             ("group", theirs.group, identity.group),
             ("group uuid", theirs.group_uuid, identity.group_uuid),
             ("segment size", theirs.segment_bytes, identity.segment_bytes),
-            ("addressee", theirs.to, identity.node_id),
         ):
             if there != here:
                 raise Refused(f"its {what} is {there!r}, ours {here!r}")
+        if theirs.to != identity.node_id:
+            raise Refused(f"this is {identity.node_id!r}, not {theirs.to!r}")
         if theirs.node_id == identity.node_id:
             raise Refused(f"{theirs.node_id!r} is not another member of group {identity.group}")
         if expected_id is not None and theirs.node_id != expected_id:

@@ -1,6 +1,7 @@
 """Stands in for `quorate serve`: says what a node says, and does what a file in the data folder tells it.
 
 DATA/leader holds "n1 2": that node leads in that term. DATA/n1.exit holds words and an exit code to end with at once.
+DATA/n1.filled, where there, has n1 say that it has been filled.
 """
 
 import json
@@ -31,6 +32,7 @@ def main() -> None:
     (data / name / "raft").mkdir(parents=True, exist_ok=True)
     (data / name / "raft" / "format.json").touch()
     say(event="ready")
+    is_filled = "--join" not in arguments
     told = ""
     parent = os.getppid()
     while os.getppid() == parent:
@@ -40,6 +42,9 @@ def main() -> None:
             who, term = leader.split()
             role = "leader" if who == name else "follower"
             say(event="role", role=role, term=int(term), leader=who, ready=who == name)
+        if not is_filled and (data / f"{name}.filled").exists():
+            is_filled = True
+            say(event="filled")
         time.sleep(0.005)
 
 

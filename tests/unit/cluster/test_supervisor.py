@@ -311,7 +311,7 @@ async def test_a_formatted_group_that_lost_most_of_its_folders_is_refused(env: E
     lose_log(tmp_path, "n1")
     lose_log(tmp_path, "n2")
     message = await refusal(env, await free_config(env), tmp_path)
-    assert f"{tmp_path}/n1 and {tmp_path}/n2 are empty" in message
+    assert f"{tmp_path}/n1 and {tmp_path}/n2 have no data" in message
     assert "no majority" in message
 
 
@@ -328,7 +328,7 @@ async def test_nodes_that_lost_most_of_a_running_group_are_not_started_until_the
             os.kill(pid, signal.SIGKILL)
         await wait_until(lambda: [event.kind for event in events].count("refused") == 2, limit=5, what="two refusals")
         told = [event.text for event in events if event.kind == "refused"]
-        assert all(f"{tmp_path}/n1 and {tmp_path}/n2 are empty" in text for text in told)
+        assert all(f"{tmp_path}/n1 and {tmp_path}/n2 have no data" in text for text in told)
         answer = await ask_local(supervisor.state().control, {"do": "restart", "node": "n1"}, timeout_s=10)
         assert "n1 is not started" in answer["error"]
         (tmp_path / "n2" / "raft" / "format.json").touch()
@@ -336,6 +336,34 @@ async def test_nodes_that_lost_most_of_a_running_group_are_not_started_until_the
         assert answer["pid"] == pids(supervisor)["n1"] != before["n1"]
     assert "--join" in (tmp_path / "n1.starts").read_text().splitlines()[-1]
     assert not [event for event in events if event.kind == "exited"]
+
+
+async def test_a_folder_that_is_being_filled_counts_as_lost_until_it_has_all(env: Env, tmp_path: Path) -> None:
+    events: list[Event] = []
+
+    def lose(supervisor: Supervisor, name: str) -> None:
+        pid = pids(supervisor)[name]
+        assert pid is not None
+        lose_log(tmp_path, name)
+        os.kill(pid, signal.SIGKILL)
+
+    def told(kind: str) -> list[str | None]:
+        return [event.node for event in events if event.kind == kind]
+
+    async with running(env, tmp_path, events) as supervisor:
+        lose(supervisor, "n2")
+        await wait_until(lambda: told("ready").count("n2") == 2, limit=5, what="n2 to be filled")
+        lose(supervisor, "n1")
+        await wait_until(lambda: told("refused") == ["n1"], limit=5, what="the refusal")
+        assert not env.files.exists(f"{tmp_path}/n1/raft/format.json")
+        (tmp_path / "n2.filled").touch()
+        await wait_until(lambda: told("filled") == ["n2"], limit=5, what="n2 to have all")
+        answer = await ask_local(supervisor.state().control, {"do": "restart", "node": "n1"}, timeout_s=10)
+        assert "error" not in answer
+    # What is still being filled when the cluster stops is so at its next start, and says when it has all.
+    async with running(env, tmp_path, []):
+        starts = {name: (tmp_path / f"{name}.starts").read_text().splitlines()[-1] for name in ("n0", "n1", "n2")}
+        assert ["--join" in starts[name] for name in ("n0", "n1", "n2")] == [False, True, False]
 
 
 async def test_a_joined_node_with_data_counts_and_a_removed_founder_is_not_missed(env: Env, tmp_path: Path) -> None:
@@ -358,7 +386,7 @@ async def test_a_joined_node_with_data_counts_and_a_removed_founder_is_not_misse
     lose_log(tmp_path, "n1")
     prepare(env, layout, with_removed)
     lose_log(tmp_path, "n3")
-    with pytest.raises(UpRefused, match="n1 is empty"):
+    with pytest.raises(UpRefused, match="n1 has no data"):
         prepare(env, layout, with_removed)
 
 
