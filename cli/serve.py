@@ -192,7 +192,7 @@ async def _run_all(env: Env, assignment: Assignment, service: Service) -> None:
         if assignment.events is not None:
             assignment.events.write({"event": "ready"})
         nursery.start_soon(_leave_with_supervisor, env, assignment)
-        if assignment.is_join_allowed and assignment.events is not None:
+        if assignment.events is not None and assignment.is_join_allowed:
             nursery.start_soon(_tell_when_filled, env, service, assignment.events)
 
 
