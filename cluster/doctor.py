@@ -103,8 +103,17 @@ def check_group(group: GroupView, section: GroupSection | None) -> Iterator[Find
             f"does not answer: {node.reason}",
             "look at its log, or start it",
         )
+    uuid = best.said.get("group_uuid")
     for node in group.answering:
-        if leader is not None and node.node_id not in (*voters, *best.said["learners"]):
+        if _said(node).get("group_uuid") != uuid:
+            yield Finding(
+                f"{group.name}/{node.node_id}",
+                "bad",
+                "its folder belongs to another group, so the others have nothing to do with it",
+                "stop it, empty its folder, and start it with --join and an `identity` in the [[group]] of its "
+                "cluster.toml: the cluster_uuid in raft/format.json of a member",
+            )
+        elif leader is not None and node.node_id not in (*voters, *best.said["learners"]):
             yield _stranger(group, node, section)
         else:
             yield from _check_node(group, node)

@@ -167,3 +167,15 @@ def test_ports_that_outgoing_connections_are_given_are_told() -> None:
     (found,) = [finding for finding in check_config(old, (32768, 60999)) if finding.about == "ports"]
     assert found.level == "warning" and found.text.startswith("40921 lie between 32768 and 60999")
     assert "ip_local_reserved_ports=40921" in found.next_step
+
+
+def test_a_folder_of_another_group_is_told_with_the_identity_it_needs() -> None:
+    found = troubles(node(0, leads=True, group_uuid="u"), node(1, group_uuid="u"), node(2, group_uuid="v"))
+    assert [(finding.about, finding.level) for finding in found] == [("broker-a/n2", "bad")]
+    assert "belongs to another group" in found[0].text and "identity" in found[0].next_step
+
+
+def test_what_nobody_can_supply_may_be_given_up() -> None:
+    group = (node(0, leads=True), node(1), node(2, state="repairing", waits_for="entry 35 to 48"))
+    (found,) = [finding for finding in troubles(*group) if finding.about == "broker-a/n2"]
+    assert "waits for entry 35 to 48" in found.text and "recover n2 --accept-loss" in found.next_step
