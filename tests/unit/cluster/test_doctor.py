@@ -178,4 +178,4 @@ def test_a_folder_of_another_group_is_told_with_the_identity_it_needs() -> None:
 def test_what_nobody_can_supply_may_be_given_up() -> None:
     group = (node(0, leads=True), node(1), node(2, state="repairing", waits_for="entry 35 to 48"))
     (found,) = [finding for finding in troubles(*group) if finding.about == "broker-a/n2"]
-    assert "waits for entry 35 to 48" in found.text and "recover n2 --accept-loss" in found.next_step
+    assert "waits for entry 35 to 48" in found.text and "quorate raft recover broker-a/n2" in found.next_step
