@@ -652,7 +652,7 @@ class SimNode:
     def _tail(self) -> tuple[int, int, int]:
         raft = self.raft
         assert raft is not None
-        return raft.last_index, raft.last_crc, raft.position_end
+        return raft.log.last_index, raft.log.last_crc, raft.log.position_end
 
     def _frame(self, entry_type: int, count: int, body: bytes, tail: tuple[int, int, int]) -> Entry:
         raft = self.raft

@@ -182,9 +182,9 @@ class World:
                 node.name.encode(),
                 raft.role,
                 raft.term,
-                raft.last_crc,
+                raft.log.last_crc,
                 raft.commit_index,
-                raft.durable_index,
+                raft.log.durable_index,
             )
         )
 

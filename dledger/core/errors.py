@@ -1,4 +1,4 @@
-"""The two ways to use the core wrongly. Broken promises are not errors but the effect `Fatal`."""
+"""The two ways to use the core wrongly, and what a broken promise is until it leaves as the effect `Fatal`."""
 
 from __future__ import annotations
 
@@ -13,3 +13,7 @@ class LocalError(CoreError):
 
 class RemoteError(CoreError):
     """A peer sent what no correct peer sends: close its connection. Nothing was changed."""
+
+
+class PromiseBroken(Exception):
+    """What is committed, or intact, is contradicted. Ends the step and this node; never leaves `Raft.step`."""

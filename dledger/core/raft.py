@@ -38,17 +38,9 @@ carry the predecessor too, so an idle group converges without new proposals (bra
 *Verified*. A follower's log may be longer than what this term's leader has vouched for. Everything it reports or
 commits is bounded by `verified`, the highest entry known to match the leader of the term (rabbitmq/ra#508).
 
-*Pipelining*. Per peer: PROBE (one message at a time until the logs are known to agree), REPLICATE (send ahead,
-`next_index` moves back only on a rejection), SEGMENTS (the peer ends before our first entry, or too far behind). Window
-64 messages or 8 MiB. Heartbeats and commit news pass the window by. Replies carry term and sequence; those of another
-term, from before a rejection or from an old connection are dropped.
-
-*Segments* (raft.md 4.7). To a peer in SEGMENTS goes one `SegmentsOffer` at each heartbeat, and no entry. It names the
-first entry that the leader will send itself; what is before that, the peer's driver fetches as whole segments, from
-whom it likes, while the peer goes on following: the offer counts as hearing the leader, and its answer, a rejection
-that names the peer's last entry, for check-quorum. Once that entry reaches what was offered and can agree with ours,
-the peer is probed as any other. Nothing is cut on the way, and a gap is never bridged, for entries still need their
-predecessor.
+*Pipelining and segments* (raft.md 4.4, 4.7; `replication.py`). A peer is probed until the logs are known to agree, and
+then sent entries ahead of its answers. One that needs what is no longer in our log, or more than is reasonable, is
+offered whole segments instead.
 
 *Written and durable*. A replica reports both marks. The quorum counts `durable` when the group syncs, else `written`;
 the leader's own mark counts like any other, when its own disk reports it and never at the append call (etcd#14370).
@@ -65,21 +57,10 @@ takes its commit index (once its no-op is committed, so that nothing acknowledge
 until a quorum has answered a message sent after the read came: then nobody else was elected before it came. All reads
 that gathered meanwhile share a round, of one message for each voter. Losing leadership refuses all that wait.
 
-*Members* (Raft 6, dissertation 4; `membership.py`). The members in force are those of the last CONFIG entry in the log,
-committed or not, on every node; a cut brings the former ones back. Everything that counts (votes, commit, check-quorum,
-reads) counts the voters in force at that very moment, and the node itself only if it is one of them. Each entry moves
-one member, so quorums before and after share a node. Two such entries by two leaders need not share one, though
-(raft-dev 2015): hence a leader proposes one only behind its committed no-op, and while no other is open. A node joins
-as a learner, which gets entries and does not count, and is promoted when it is near. A change whose voters could not
-commit anything because too few are alive is refused, as there would be no way back.
-
-Requests are answered without looking at the members, the sender's or our own (dissertation 4.1): either of us may have
-become one by an entry we have not got. It is the asker that counts. So a learner votes when asked (etcd found that it
-must), and nobody asks it unless it has been promoted. Whoever is no voter does not campaign, except that the entry
-which removed it may be cut and the others need its log until that is committed (dissertation 4.2.2); its own vote does
-not count then. A leader that removes itself leads until the entry is committed, and names a successor. A removed peer
-is kept informed until then; one that was away is told when it asks for votes and stops asking. Its requests depose
-nobody who hears a leader (dissertation 4.2.3).
+*Members* (Raft 6, dissertation 4; `members_in_force.py`). Those of the last CONFIG entry in the log, committed or not;
+a cut brings the former ones back. Everything that counts (votes, commit, check-quorum, reads) counts the voters in
+force at that very moment, and the node itself only if it is one of them. Requests are answered without looking at the
+members: it is the asker that counts.
 
 *Late ticks*. A node that was stopped or starved must listen before it acts: a timer found late by more than half an
 election timeout is set anew instead of firing.
@@ -88,14 +69,34 @@ election timeout is set anew instead of firing.
 TimeoutNow with a ticket. The target runs a pre-vote with that ticket, which voters honour although they hear a leader;
 so a transfer to an unfit target leaves everybody in its role. After one election timeout the leader goes on leading.
 
-*Preferred leaders*. A priority shortens a node's random delay before a campaign, and lets a leader that has led
-undisturbed for 30 s transfer to a voter of higher priority that is connected, near and has a working disk. It deposes
-nobody. In the same way a leader whose disk has no room for messages hands over to a voter that has.
+*Preferred leaders* (`succession.py`). A priority shortens a node's random delay before a campaign, and lets a leader
+that nothing disturbs hand over to a better one. It deposes nobody.
 
 *Recovering*. With asynchronous flush a power loss can make a node forget what it acknowledged. Such a node is started
 as `recovering`: its votes count only if every voter grants (see `Ballot`), until a leader whose commit index lies in
 its own term has confirmed our log up to that index, or the operator accepts the loss. So is a node with an empty folder
 under a known name: it may have acknowledged anything (nats-server#2792).
+
+Where to read it
+================
+
+`Raft` decides role, term, vote and commit index. What has state of its own is a plain object beside it that does not
+know `Raft`: `RaftLog`, `MembersInForce` and `Outbox` (what waits for the disk) on every node; `ElectionTimer` and
+`Ballot` in an election; `Following`, what a follower owes its leader; `Replication`, `Succession` and `ReadRounds` of a
+leader. `tests/scenarios/*.txt` show each of the following as a dialogue.
+
+*An election*: `_tick` or `_peer_lost`, `_campaign`, `_receive_pre_vote`, `_receive_pre_vote_reply`, `_judge_round`,
+`_stand_for_election`, `_receive_vote`, `_hard_state_saved`, `_receive_vote_reply`, `_lead`. The roles change by the
+table in `transitions.py` only.
+
+*A commit*: `_propose`, `Replication.end_turn`; at the follower `_receive_append`, `_end_follower_turn`; at the leader
+`_receive_append_reply`, `_advance_leader_commit`; at the follower `_advance_follower_commit`.
+
+*A transfer*: `_begin_transfer`, `Succession.pursue`; at the target `_receive_timeout_now`, an election with a ticket.
+
+*A change of members*: `_propose`, `MembersInForce.refusal`, `_append`, `_members_changed`, `_settle_members`; `_cut`.
+
+*A read*: `_read_index`, `_begin_read_round`, `_confirm_reads`.
 """
 
 from __future__ import annotations
@@ -104,65 +105,31 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, assert_never
 
 from dledger.core import effects as fx
-from dledger.core.catch_up import bytes_behind, first_to_send, is_far_behind
+from dledger.core import events as ev
+from dledger.core import messages as msg
 from dledger.core.config import RaftConfig
 from dledger.core.effects import Effect
-from dledger.core.election import Ballot, is_up_to_date
-from dledger.core.errors import LocalError, RemoteError
-from dledger.core.events import (
-    AcceptLoss,
-    DiskState,
-    Durable,
-    Event,
-    HardStateSaved,
-    PeerLost,
-    PeerUp,
-    Propose,
-    ReadIndex,
-    Receive,
-    Tick,
-    Transfer,
-    TurnEnd,
-    Written,
-)
+from dledger.core.election import Ballot, ElectionTimer, is_up_to_date
+from dledger.core.errors import LocalError, PromiseBroken, RemoteError
+from dledger.core.events import Event
+from dledger.core.following import NEVER, Following
 from dledger.core.log import LogView
-from dledger.core.membership import ConfigHistory, Members, check_single_step, decode_members, promoted
-from dledger.core.messages import (
-    Append,
-    AppendReply,
-    Message,
-    PreVote,
-    PreVoteReply,
-    SegmentsOffer,
-    TimeoutNow,
-    Vote,
-    VoteReply,
-)
+from dledger.core.members_in_force import MembersInForce, config_entries, members_by_index
+from dledger.core.membership import Members
+from dledger.core.messages import Message
+from dledger.core.outbox import Outbox
 from dledger.core.progress import Progress
-from dledger.core.quorum import majority, quorum_mark
+from dledger.core.quorum import quorum_mark
+from dledger.core.raft_log import RaftLog
 from dledger.core.read_index import ReadRounds
+from dledger.core.replication import Replication
 from dledger.core.shape import check_append
-from dledger.core.succession import TransferInProgress, best_successor, jitter_share, preferred
-from dledger.core.transitions import ROLE_TRANSITIONS, Cause, PeerCause, PeerState
-from dledger.core.types import Entry, EntryType, HardState, Role, next_position
+from dledger.core.succession import Succession, jitter_share
+from dledger.core.transitions import ROLE_TRANSITIONS, Cause
+from dledger.core.types import Entry, EntryType, HardState, Role
 
 if TYPE_CHECKING:
     from random import Random
-
-NEVER = float("-inf")
-_CONFIG = int(EntryType.CONFIG)
-UNKNOWN_POSITION = -1
-PROBE_BYTES_MAX = 64 * 1024
-"""A probe that may be in vain carries no more than this."""
-YIELD_SECONDS_MIN = 0.15
-YIELD_SECONDS_MAX = 0.30
-"""How long a node that would vote for another holds back its own campaign: a few rounds on any usable network."""
-SPLIT_VOTE_DELAY_MIN = 0.02
-SPLIT_VOTE_DELAY_MAX = 0.20
-
-
-class _Broken(Exception):
-    """Leaves a step after `Fatal`."""
 
 
 class Raft:
@@ -191,20 +158,12 @@ class Raft:
     ) -> None:
         self.node_id = node_id
         self.config = config
-        self.configs = ConfigHistory(Members(voters), configs)
-        if self.configs.index > log.last_index:
-            raise LocalError(f"CONFIG entry {self.configs.index} lies behind the end of the log, {log.last_index}")
-        self.members = self.configs.members
-        self.voters = self.members.voters
-        self.peers: tuple[str, ...] = ()
-        self.is_voter = False
-        self._voting_peers: tuple[str, ...] = ()
-        self._jitter_share = 1.0
-        if not self.members.voters:
-            raise LocalError("a group without a voter")
-        self._note_members()
-        self.log = log
-        self._rng = rng
+        self._outbox = Outbox()
+        self.log = RaftLog(log, commit_index, config.segment_bytes)
+        self.in_force = MembersInForce(node_id, Members(voters), configs, self.log.commit_index)
+        self.configs = self.in_force.history
+        if self.configs.index > self.log.last_index:
+            raise LocalError(f"CONFIG entry {self.configs.index} lies behind the end of the log, {self.log.last_index}")
 
         self.role = Role.FOLLOWER
         # A stored entry proves that its term has begun, even if the crash came before the term was saved.
@@ -215,63 +174,28 @@ class Raft:
         self.failed: str | None = None
         self.is_disk_ok = True
         self.has_room = True
+        self._announced: tuple[Role, int, str | None] = (self.role, self.term, self.leader)
+        self._now = now
 
-        self.last_index = log.last_index
-        self.last_term = log.last_term
-        crc = log.head_crc_at(log.last_index)
-        self.last_crc = 0 if crc is None else crc
-        self.position_end = log.position_end
-        self.written_index = self.last_index
-        self.durable_index = self.last_index
-        # Only what is committed is ever trimmed.
-        self.commit_index = min(max(commit_index, log.first_index - 1), self.last_index)
-        self.configs.settle(self.commit_index)
-        # The CONFIG entry in force while it is not committed, else 0.
-        self._open_config = self.configs.index if self.configs.index > self.commit_index else 0
-        self._is_told_removed = False
-
-        # Follower.
-        self.verified_index = 0
-        self._leader_commit = self.commit_index
-        self._heard_leader_at = NEVER
-        self._is_fresh = True
-        self._reached: set[str] = set()
+        # Connections.
         self._down: set[str] = set()
-        self._reply_seq = 0
-        self._reply_ok = True
-        self._reply_hint = (0, 0)
-        self._reply_due = False
-        self._reply_marks = (0, 0)
-        self._segments_from = 0
+        self._reached: set[str] = set()
+        self._is_fresh = True
 
-        # Pre-candidate, candidate.
-        self._ballot = Ballot(self.voters)
-        self._ticket = 0
-        self._saw_leader = False
+        # Follower; pre-candidate, candidate.
+        self._following = Following(self.log.commit_index)
+        self._ballot = Ballot(self.in_force.voters)
 
         # Leader.
-        self.progress: dict[str, Progress] = {}
         self.noop_index = 0
         self._heartbeat_due = now
-        self._quorum_since = now
-        self._transfer: TransferInProgress | None = None
         self._reads = ReadRounds()
-        self._undisturbed_since = now
-        self._seq_of_gone: dict[str, int] = {}
+        self._replication = Replication(config, self.log, self._outbox)
+        self._succession = Succession(node_id, config, rng, self.log, self.in_force, self._replication, self._outbox)
 
-        self._now = now
-        self._is_unsaved = False
-        self._is_save_wanted = False
-        self._held: dict[tuple[str, type], fx.Send] = {}
-        self._effects: list[Effect] = []
-        self._appended: Sequence[Entry] = ()
-        self._announced: tuple[Role, int, str | None] = (self.role, self.term, self.leader)
-        self._has_deferred = False
-        self._timeout = 0.0
-        self._election_deadline = now
-        self._arm_election_timer(now)
-        if self.voters == (node_id,):
-            self._campaign_soon(now, config.fresh_start_jitter_max)
+        self._timer = ElectionTimer(config, rng, now, self._share_of_delays())
+        if self.in_force.voters == (node_id,):
+            self._timer.fire_within(now, config.fresh_start_jitter_max)
 
     # What the driver asks
 
@@ -281,16 +205,38 @@ class Raft:
 
     @property
     def accepts_proposals(self) -> bool:
-        """Leader, and neither handing over nor on a bad disk. The no-op must come first."""
-        return self.role is Role.LEADER and self._transfer is None
+        """Leader, and not handing over. The no-op must come first."""
+        return self.role is Role.LEADER and self._succession.transfer is None
 
     @property
     def is_transferring(self) -> bool:
-        return self._transfer is not None
+        return self._succession.transfer is not None
 
     @property
     def reads_waiting(self) -> int:
-        return len(self._reads)
+        return self._reads.waiting
+
+    @property
+    def last_index(self) -> int:
+        return self.log.last_index
+
+    @property
+    def commit_index(self) -> int:
+        return self.log.commit_index
+
+    @property
+    def verified_index(self) -> int:
+        """The highest entry known to match the leader of the term."""
+        return self._following.verified_index
+
+    @property
+    def progress(self) -> dict[str, Progress]:
+        """What a leader knows of its peers; empty on any other node."""
+        return self._replication.progress
+
+    @property
+    def members(self) -> Members:
+        return self.in_force.members
 
     @property
     def config_index(self) -> int:
@@ -299,15 +245,16 @@ class Raft:
 
     @property
     def is_config_committed(self) -> bool:
-        return not self._open_config
+        return not self.in_force.open_index
 
     @property
     def deadline(self) -> float:
         """When the next `Tick` is due, in the seconds of the events' `now`."""
         if self.role is not Role.LEADER:
-            return self._election_deadline
-        if self._transfer is not None:
-            return min(self._heartbeat_due, self._transfer.deadline)
+            return self._timer.deadline
+        transfer = self._succession.transfer
+        if transfer is not None:
+            return min(self._heartbeat_due, transfer.deadline)
         return self._heartbeat_due
 
     def step(self, event: Event) -> list[Effect]:
@@ -319,71 +266,58 @@ class Raft:
         if self.failed is not None:
             return []
         effects: list[Effect] = []
-        self._effects = effects
-        self._appended = ()
+        outbox = self._outbox
+        outbox.effects = effects
+        self.log.appended = ()
         self._now = event.now
         try:
-            match event:
-                case Receive():
-                    self._receive(event.now, event.peer, event.message)
-                case TurnEnd():
-                    self._end_turn(event.now)
-                case Propose():
-                    self._propose(event.entries)
-                case Written():
-                    self._note_mark(event.index, event.term, is_durable=False)
-                case Durable():
-                    self._note_mark(event.index, event.term, is_durable=True)
-                case Tick():
-                    self._tick(event.now)
-                case HardStateSaved():
-                    self._hard_state_saved(event)
-                case PeerLost():
-                    self._peer_lost(event.now, event.peer, event.hard)
-                case PeerUp():
-                    self._peer_up(event.now, event.peer)
-                case DiskState():
-                    self._disk_state(event.now, event.ok, event.has_room)
-                case Transfer():
-                    self._begin_transfer(event.now, event.target)
-                case ReadIndex():
-                    self._read_index(event.token)
-                case AcceptLoss():
-                    self._accept_loss(event.now)
-                case _:
-                    assert_never(event)
-        except _Broken:
-            pass
-        if self._is_save_wanted:
-            self._is_save_wanted = False
-            effects.insert(0, fx.SaveHardState(self.term, self.vote))
+            # The frequent ones first, and no `match`: on classes it builds a set for every hit.
+            if isinstance(event, ev.Receive):
+                self._receive(event.now, event.peer, event.message)
+            elif isinstance(event, ev.TurnEnd):
+                if self.role is Role.LEADER:
+                    self._end_leader_turn(event.now)
+                else:
+                    self._end_follower_turn()
+            elif isinstance(event, ev.Propose):
+                self._propose(event.entries)
+            elif isinstance(event, (ev.Written, ev.Durable)):
+                if self.log.note_mark(event.index, event.term, isinstance(event, ev.Durable)):
+                    if self.role is Role.LEADER:
+                        self._advance_leader_commit()
+                    else:
+                        self._advance_follower_commit()
+            elif isinstance(event, ev.Tick):
+                self._tick(event.now)
+            elif isinstance(event, ev.ReadIndex):
+                self._read_index(event.token)
+            elif isinstance(event, ev.HardStateSaved):
+                self._hard_state_saved(event)
+            elif isinstance(event, ev.PeerLost):
+                self._peer_lost(event.now, event.peer, event.hard)
+            elif isinstance(event, ev.PeerUp):
+                self._peer_up(event.now, event.peer)
+            elif isinstance(event, ev.DiskState):
+                self._disk_state(event.now, event.ok, event.has_room)
+            elif isinstance(event, ev.Transfer):
+                self._begin_transfer(event.now, event.target)
+            elif isinstance(event, ev.AcceptLoss):
+                self._accept_loss(event.now)
+            else:
+                assert_never(event)
+        except PromiseBroken as broken:
+            self.failed = str(broken)
+            effects.append(fx.Fatal(self.failed))
+        if outbox.is_save_wanted:
+            outbox.save(self.term, self.vote)
         return effects
 
-    # Small tools
+    # Terms and roles
 
-    def _break(self, reason: str) -> _Broken:
-        self.failed = reason
-        self._effects.append(fx.Fatal(reason))
-        return _Broken()
-
-    def _send(self, peer: str, message: Message) -> None:
-        """Nothing leaves while term or vote are not on stable storage: every message carries the term (raft.md 4.2)."""
-        if self._is_unsaved:
-            self._held[peer, type(message)] = fx.Send(peer, message)
-        else:
-            self._effects.append(fx.Send(peer, message))
-
-    def _save_hard_state(self) -> None:
-        """At the end of the step, once: adopting a term and voting in it are one write."""
-        self._is_unsaved = True
-        self._is_save_wanted = True
-
-    def _hard_state_saved(self, event: HardStateSaved) -> None:
-        if not self._is_unsaved or (event.term, event.vote) != (self.term, self.vote):
+    def _hard_state_saved(self, event: ev.HardStateSaved) -> None:
+        if not self._outbox.is_unsaved or (event.term, event.vote) != (self.term, self.vote):
             return
-        self._is_unsaved = False
-        self._effects.extend(self._held.values())
-        self._held.clear()
+        self._outbox.release()
         if self.role is Role.CANDIDATE:
             # Our own vote counts like any other: once it is on stable storage.
             self._ballot.record(self.node_id, granted=True, recovering=self.recovering)
@@ -393,71 +327,15 @@ class Raft:
         state = (self.role, self.term, self.leader)
         if state != self._announced:
             self._announced = state
-            self._effects.append(fx.RoleChanged(self.role, self.term, self.leader, cause.value))
-
-    def _arm_election_timer(self, now: float) -> None:
-        shortest = self.config.election_timeout_min
-        span = self.config.election_timeout_max - shortest
-        self._timeout = self._rng.uniform(shortest, shortest + span * self._jitter_share)
-        self._election_deadline = now + self._timeout
-        self._has_deferred = False
-
-    def _campaign_soon(self, now: float, jitter_max: float, jitter_min: float = 0.0) -> None:
-        span = jitter_max - jitter_min
-        self._election_deadline = now + self._rng.uniform(jitter_min, jitter_min + span * self._jitter_share)
-        self._has_deferred = False
-
-    def _hears_leader(self, now: float) -> bool:
-        timeout = self.config.election_timeout_min
-        if self.role is Role.LEADER:
-            return now - self._quorum_contact(now) < timeout
-        return self.leader is not None and now - self._heard_leader_at < timeout
-
-    def _term_at(self, index: int) -> int | None:
-        """Also during the step that appends: the view shows those entries only afterwards."""
-        if index == self.last_index:
-            return self.last_term
-        if index > self.last_index:
-            return None
-        appended = self._appended
-        if appended and index >= appended[0].index:
-            return appended[index - appended[0].index].term
-        return self.log.term_at(index)
-
-    def _last_not_above(self, index: int, term: int) -> tuple[int, int]:
-        """Our last entry at or below `index` whose term is at or below `term`: the hint of either side (raft.md 4.4).
-
-        Terms never fall along a log, so this is a binary search.
-        """
-        low = self.log.first_index - 1
-        high = min(index, self.last_index)
-        if high <= low:
-            high_term = self._term_at(max(high, low))
-            return max(high, 0), 0 if high_term is None else high_term
-        while low < high:
-            middle = (low + high + 1) // 2
-            middle_term = self._term_at(middle)
-            if middle_term is not None and middle_term <= term:
-                low = middle
-            else:
-                high = middle - 1
-        low_term = self._term_at(low)
-        return low, 0 if low_term is None else low_term
-
-    # Roles
+            self._outbox.effects.append(fx.RoleChanged(self.role, self.term, self.leader, cause.value))
 
     def _enter_term(self, term: int, vote: str | None) -> None:
         """What the leader of an older term vouched for, asked or was to be answered no longer counts."""
         self.term = term
         self.vote = vote
-        self._save_hard_state()
-        self._held.clear()
-        self.verified_index = 0
-        self._leader_commit = self.commit_index
-        self._reply_seq = 0
-        self._reply_due = False
-        self._reply_marks = (0, 0)
-        self._segments_from = 0
+        self._outbox.want_save()
+        self._outbox.drop_held()
+        self._following.begin_term(self.log.commit_index)
 
     def _follow(self, now: float, cause: Cause, term: int, leader: str | None) -> None:
         """Become, or stay, a follower of `term`; adopt and save it when it is higher than ours."""
@@ -467,38 +345,34 @@ class Raft:
             self._enter_term(term, None)
         self.leader = leader
         if was is Role.LEADER:
-            self.progress = {}
+            self._replication.end()
             self.noop_index = 0
             for token in self._reads.give_up():
-                self._effects.append(fx.ReadRefused(token, cause.value))
-            if self._transfer is not None:
-                self._effects.append(fx.TransferEnded(self._transfer.target, True, cause.value))
-                self._transfer = None
+                self._outbox.effects.append(fx.ReadRefused(token, cause.value))
+            self._succession.lead_no_more(cause.value)
         if was is not Role.FOLLOWER or leader is not None:
-            self._arm_election_timer(now)
+            self._timer.arm(now)
         self._announce(cause)
 
     def _campaign(self, now: float, cause: Cause, ticket: int) -> None:
         """Begin a pre-vote round, where this node may."""
-        if not self._may_campaign:
+        if not self.in_force.may_campaign(self.log.commit_index):
             self._follow(now, Cause.LEADER_SILENT, self.term, None)
-            self._arm_election_timer(now)
+            self._timer.arm(now)
             return
         if not self.is_disk_ok:
-            self._arm_election_timer(now)
+            self._timer.arm(now)
             return
         self.role = ROLE_TRANSITIONS[self.role][cause]
         if not ticket:
             self.leader = None
         self._is_fresh = False
-        self._ticket = ticket
-        self._saw_leader = False
-        self._ballot = Ballot(self.voters)
+        self._ballot = Ballot(self.in_force.voters, ticket)
         self._ballot.record(self.node_id, granted=True, recovering=self.recovering)
-        self._election_deadline = now + self.config.round_timeout
+        self._timer.begin_round(now)
         self._announce(cause)
-        for peer in self._voting_peers:
-            self._send(peer, PreVote(self.term + 1, self.last_index, self.last_term, ticket))
+        for peer in self.in_force.voting_peers:
+            self._outbox.send(peer, msg.PreVote(self.term + 1, self.log.last_index, self.log.last_term, ticket))
         self._judge_round(now)
 
     def _stand_for_election(self, now: float) -> None:
@@ -506,36 +380,40 @@ class Raft:
         self.role = ROLE_TRANSITIONS[self.role][Cause.PRE_VOTES_WON]
         self._enter_term(self.term + 1, self.node_id)
         self.leader = None
-        self._ballot = Ballot(self.voters)
-        self._election_deadline = now + self.config.round_timeout
+        ticket = self._ballot.ticket
+        self._ballot = Ballot(self.in_force.voters, ticket)
+        self._timer.begin_round(now)
         self._announce(Cause.PRE_VOTES_WON)
-        for peer in self._voting_peers:
-            self._send(peer, Vote(self.term, self.last_index, self.last_term, self._ticket))
+        for peer in self.in_force.voting_peers:
+            self._outbox.send(peer, msg.Vote(self.term, self.log.last_index, self.log.last_term, ticket))
 
     def _lead(self, now: float) -> None:
         self.role = ROLE_TRANSITIONS[self.role][Cause.VOTES_WON]
         self.leader = self.node_id
         # Whatever made us recover: a quorum without us, or everybody, has found our log the best.
         if self.recovering:
-            self.recovering = False
-            self._effects.append(fx.Recovered(self.term))
+            self._recovered()
         self.noop_index = 0
-        self._quorum_since = now
         self._heartbeat_due = now
-        self._undisturbed_since = now
-        self._seq_of_gone = {}
+        self._succession.undisturbed_since = now
+        self._replication.begin(self.term, now)
         self._track_members()
         self._announce(Cause.VOTES_WON)
-        self._effects.append(fx.NoopNeeded(self.term))
+        self._outbox.effects.append(fx.NoopNeeded(self.term))
+
+    def _recovered(self) -> None:
+        self.recovering = False
+        self._outbox.effects.append(fx.Recovered(self.term))
 
     def _judge_round(self, now: float) -> None:
         """After an answer, a lost peer or a saved vote: is the round decided?"""
+        is_unsaved = self._outbox.is_unsaved
         if self._ballot.is_won:
             if self.role is Role.PRE_CANDIDATE:
                 self._stand_for_election(now)
-            elif not self._is_unsaved:
+            elif not is_unsaved:
                 self._lead(now)
-        elif self._ballot.is_lost(self._down) and not (self.role is Role.CANDIDATE and self._is_unsaved):
+        elif self._ballot.is_lost(self._down) and not (self.role is Role.CANDIDATE and is_unsaved):
             self._lose_round(now)
 
     def _lose_round(self, now: float) -> None:
@@ -545,22 +423,34 @@ class Raft:
             return  # an attempted transfer: its leader leads on
         if was_candidate:
             # A split vote: whoever wakes first wins the next round.
-            self._campaign_soon(now, SPLIT_VOTE_DELAY_MAX, SPLIT_VOTE_DELAY_MIN)
-        elif not self._saw_leader:
+            self._timer.retry_split_vote(now)
+        elif not self._ballot.saw_leader:
             # Nobody to wait for, but a better log or a quorum that is out of reach; asking again disturbs nobody.
-            self._campaign_soon(now, self.config.election_timeout_min, self.config.round_timeout / 2)
+            self._timer.fire_within(now, self.config.election_timeout_min, self.config.round_timeout / 2)
+
+    # Time
+
+    def _hears_leader(self, now: float) -> bool:
+        timeout = self.config.election_timeout_min
+        if self.role is Role.LEADER:
+            return now - self._quorum_contact(now) < timeout
+        return self.leader is not None and now - self._following.heard_at < timeout
+
+    def _quorum_contact(self, now: float) -> float:
+        in_force = self.in_force
+        return self._replication.quorum_contact(now, in_force.voting_peers, is_voter=in_force.is_voter)
 
     def _tick(self, now: float) -> None:
         if self.role is Role.LEADER:
             self._leader_tick(now)
             return
-        lateness = now - self._election_deadline
+        lateness = now - self._timer.deadline
         if lateness < 0:
             return
         if lateness > self.config.election_timeout_min / 2:
             # We were stopped or starved: first listen (raft.md 4.3).
             if self.role is Role.FOLLOWER:
-                self._arm_election_timer(now)
+                self._timer.arm(now)
             else:
                 self._follow(now, Cause.ROUND_LOST, self.term, None)
         elif self.role is Role.FOLLOWER:
@@ -569,31 +459,17 @@ class Raft:
             self._lose_round(now)
 
     def _leader_tick(self, now: float) -> None:
-        transfer = self._transfer
-        if transfer is not None and now >= transfer.deadline:
-            self._transfer = None
-            self._undisturbed_since = now
-            self._effects.append(fx.TransferEnded(transfer.target, False, "the target did not take over in time"))
+        self._succession.expire(now)
         if now < self._heartbeat_due:
             return
         if now - self._heartbeat_due > self.config.election_timeout_min / 2:
-            self._quorum_since = now
-        if self._voting_peers and now - self._quorum_contact(now) > self.config.election_timeout_min:
+            self._replication.forgive_silence(now)
+        if self.in_force.voting_peers and now - self._quorum_contact(now) > self.config.election_timeout_min:
             self._follow(now, Cause.QUORUM_LOST, self.term, None)
             return
         self._heartbeat_due = now + self.config.heartbeat
-        recent = now - self.config.heartbeat / 2
-        for progress in self.progress.values():
-            if progress.last_sent_at <= recent:
-                self._send_heartbeat(now, progress)
-        self._prefer_leader(now)
-
-    def _quorum_contact(self, now: float) -> float:
-        """The last moment at which a quorum of the voters, we included if we are one, was known to follow us."""
-        contacts = [max(self.progress[peer].last_reply_at, self._quorum_since) for peer in self._voting_peers]
-        if self.is_voter:
-            contacts.append(now)
-        return quorum_mark(contacts)
+        self._replication.send_heartbeats(now)
+        self._succession.prefer_leader(now, has_room=self.has_room)
 
     # Connections and disk
 
@@ -602,13 +478,12 @@ class Raft:
             self._down.add(peer)
         progress = self.progress.get(peer)
         if progress is not None:
-            progress.is_connected = False
-            self._restart_peer(progress)
+            self._replication.set_connected(progress, False)
         elif self.role is Role.FOLLOWER:
             if hard and peer == self.leader:
-                self._heard_leader_at = NEVER
+                self._following.heard_at = NEVER
                 self._follow(now, Cause.LEADER_CLOSED, self.term, None)
-                self._campaign_soon(now, self.config.peer_lost_jitter_max)
+                self._timer.fire_within(now, self.config.peer_lost_jitter_max)
         elif hard and self.role is not Role.LEADER:
             self._judge_round(now)
 
@@ -616,19 +491,13 @@ class Raft:
         self._down.discard(peer)
         progress = self.progress.get(peer)
         if progress is not None:
-            progress.is_connected = True
-            self._restart_peer(progress)
+            self._replication.set_connected(progress, True)
         elif self._is_fresh:
             self._reached.add(peer)
-            is_all = self._reached.issuperset(self._voting_peers)
-            if is_all and self.is_voter and self.leader is None and self.role is Role.FOLLOWER:
+            is_all = self._reached.issuperset(self.in_force.voting_peers)
+            if is_all and self.in_force.is_voter and self.leader is None and self.role is Role.FOLLOWER:
                 self._is_fresh = False
-                self._campaign_soon(now, self.config.fresh_start_jitter_max)
-
-    def _restart_peer(self, progress: Progress) -> None:
-        """What was under way may be lost: find out again where we agree."""
-        progress.change(PeerCause.CONNECTION)
-        progress.next_index = progress.written + 1 if progress.written else self.last_index + 1
+                self._timer.fire_within(now, self.config.fresh_start_jitter_max)
 
     def _disk_state(self, now: float, ok: bool, has_room: bool) -> None:
         self.is_disk_ok = ok
@@ -638,7 +507,7 @@ class Raft:
         if self.role is Role.LEADER:
             # Heartbeats come from the loop and writes from the disk: without this a dead disk keeps the throne
             # (hashicorp/raft#503). Whoever is furthest gets the word to go on.
-            self._name_successor()
+            self._succession.name_successor()
             self._follow(now, Cause.DISK_BAD, self.term, None)
         elif self.role is not Role.FOLLOWER:
             self._follow(now, Cause.DISK_BAD, self.term, None)
@@ -646,13 +515,12 @@ class Raft:
     def _accept_loss(self, now: float) -> None:
         if not self.recovering:
             return
-        self.recovering = False
-        self._effects.append(fx.Recovered(self.term))
+        self._recovered()
         if self.role is not Role.FOLLOWER:
             # Our own vote was counted as a doubtful one.
             self._follow(now, Cause.LOSS_ACCEPTED, self.term, self.leader)
         if self.leader is None:
-            self._campaign_soon(now, self.config.fresh_start_jitter_max)
+            self._timer.fire_within(now, self.config.fresh_start_jitter_max)
 
     # Messages
 
@@ -661,29 +529,30 @@ class Raft:
             raise RemoteError(f"a message of {peer} to itself")
         if self._down:
             self._down.discard(peer)
-        match message:
-            case AppendReply():
-                self._receive_append_reply(now, peer, message)
-            case Append():
-                self._receive_append(now, peer, message)
-            case PreVote():
-                self._receive_pre_vote(now, peer, message)
-            case PreVoteReply():
-                self._receive_pre_vote_reply(now, peer, message)
-            case Vote():
-                self._receive_vote(now, peer, message)
-            case VoteReply():
-                self._receive_vote_reply(now, peer, message)
-            case TimeoutNow():
-                self._receive_timeout_now(now, peer, message)
-            case SegmentsOffer():
-                self._receive_segments_offer(now, peer, message)
-            case _:
-                assert_never(message)
+        if isinstance(message, msg.AppendReply):
+            self._receive_append_reply(now, peer, message)
+        elif isinstance(message, msg.Append):
+            self._receive_append(now, peer, message)
+        elif isinstance(message, msg.PreVote):
+            self._receive_pre_vote(now, peer, message)
+        elif isinstance(message, msg.PreVoteReply):
+            self._receive_pre_vote_reply(now, peer, message)
+        elif isinstance(message, msg.Vote):
+            self._receive_vote(now, peer, message)
+        elif isinstance(message, msg.VoteReply):
+            self._receive_vote_reply(now, peer, message)
+        elif isinstance(message, msg.TimeoutNow):
+            self._receive_timeout_now(now, peer, message)
+        elif isinstance(message, msg.SegmentsOffer):
+            self._receive_segments_offer(now, peer, message)
+        else:
+            assert_never(message)
 
-    def _receive_pre_vote(self, now: float, peer: str, message: PreVote) -> None:
+    # Votes
+
+    def _receive_pre_vote(self, now: float, peer: str, message: msg.PreVote) -> None:
         """Never changes term or vote (dissertation 9.6)."""
-        transfer = self._transfer
+        transfer = self._succession.transfer
         if self.role is Role.LEADER:
             is_ordered = transfer is not None and transfer.ticket == message.ticket and transfer.target == peer
         else:
@@ -693,64 +562,59 @@ class Raft:
         is_term_free = message.term > self.term or (message.term == self.term and self.vote in (None, peer))
         is_log_good = self._accepts_log(message)
         # By what is committed the asker has no vote, and it knows no more than we do: it can stop asking.
-        is_longer = (message.last_term, message.last_index) > (self.last_term, self.last_index)
-        is_member = peer in self.voters
-        is_removed = not is_member and not self._open_config and not is_longer
+        ours, theirs = (self.log.last_term, self.log.last_index), (message.last_term, message.last_index)
+        is_member = peer in self.in_force.voters
+        is_removed = not is_member and self.is_config_committed and theirs <= ours
         granted = is_term_free and not has_leader and is_log_good and not is_removed
-        self._send(peer, PreVoteReply(self.term, message.term, granted, has_leader, self.recovering, is_removed))
+        self._outbox.send(
+            peer, msg.PreVoteReply(self.term, message.term, granted, has_leader, self.recovering, is_removed)
+        )
         if not is_member:
             return
         if not granted:
             if not is_log_good and self.role is Role.FOLLOWER and not self._hears_leader(now):
                 # Somebody misses a leader, we hear none either, and ours is the better log.
-                soon = now + self._rng.uniform(0.0, self.config.peer_lost_jitter_max)
-                self._election_deadline = min(self._election_deadline, soon)
+                self._timer.hurry(now)
             return
         if self.role is Role.PRE_CANDIDATE:
             # Two at once would split the vote. The better log, else the smaller name, goes on.
-            ours = (self.last_term, self.last_index)
-            theirs = (message.last_term, message.last_index)
-            if not self._ticket and (theirs > ours or (theirs == ours and peer < self.node_id)):
+            if not self._ballot.ticket and (theirs > ours or (theirs == ours and peer < self.node_id)):
                 self._follow(now, Cause.YIELDED, self.term, None)
-                self._campaign_soon(now, YIELD_SECONDS_MAX, YIELD_SECONDS_MIN)
-                self._has_deferred = True
-        elif self.role is Role.FOLLOWER and not self._has_deferred:
-            held_back = now + self._rng.uniform(YIELD_SECONDS_MIN, YIELD_SECONDS_MAX)
-            if self._election_deadline < held_back:
-                self._election_deadline = held_back
-                # Once per timer: an asker that never wins must not hold us back for ever.
-                self._has_deferred = True
+                self._timer.yield_round(now)
+        elif self.role is Role.FOLLOWER:
+            self._timer.hold_back(now)
 
-    def _accepts_log(self, message: PreVote | Vote) -> bool:
-        return is_up_to_date(message.last_term, message.last_index, self.last_term, self.last_index)
+    def _accepts_log(self, message: msg.PreVote | msg.Vote) -> bool:
+        return is_up_to_date(message.last_term, message.last_index, self.log.last_term, self.log.last_index)
 
-    def _receive_pre_vote_reply(self, now: float, peer: str, message: PreVoteReply) -> None:
+    def _receive_pre_vote_reply(self, now: float, peer: str, message: msg.PreVoteReply) -> None:
         if message.term > self.term and not message.granted:
             # Without this, the survivor with the better log in the older term never gets through (etcd#8243, #8501).
             was_asking = self.role is Role.PRE_CANDIDATE
             self._follow(now, Cause.HIGHER_TERM, message.term, None)
             if was_asking and not message.has_leader:
-                self._campaign_soon(now, self.config.peer_lost_jitter_max)
+                self._timer.fire_within(now, self.config.peer_lost_jitter_max)
             return
         if self.role is not Role.PRE_CANDIDATE or message.proposed != self.term + 1:
             return
         if message.removed and not message.granted:
-            self._is_told_removed = True
+            self.in_force.is_told_removed = True
             self._follow(now, Cause.REMOVED, self.term, None)
             return
-        self._saw_leader = self._saw_leader or message.has_leader
+        if message.has_leader:
+            self._ballot.saw_leader = True
         self._ballot.record(peer, granted=message.granted, recovering=message.recovering)
         self._judge_round(now)
 
-    def _receive_vote(self, now: float, peer: str, message: Vote) -> None:
+    def _receive_vote(self, now: float, peer: str, message: msg.Vote) -> None:
         """Raft 5.2, 5.4.1. The term first; "I hear a leader" is the pre-vote's question, a real vote always counts.
 
         Except for a node that is no voter as far as we know: it must not depose a leader that we hear (dissertation
         4.2.3). Otherwise votes are given without looking at the members, the asker's or ours: it is the asker that
         counts, and we may have missed that either of us has become a voter (dissertation 4.1).
         """
-        if peer not in self.voters and not message.ticket and self._hears_leader(now):
-            self._send(peer, VoteReply(self.term, False, self.recovering))
+        if peer not in self.in_force.voters and not message.ticket and self._hears_leader(now):
+            self._outbox.send(peer, msg.VoteReply(self.term, False, self.recovering))
             return
         if message.term > self.term:
             self._follow(now, Cause.HIGHER_TERM, message.term, None)
@@ -758,505 +622,238 @@ class Raft:
         if granted:
             if self.vote is None:
                 self.vote = peer
-                self._save_hard_state()
-            self._arm_election_timer(now)
-        self._send(peer, VoteReply(self.term, granted, self.recovering))
+                self._outbox.want_save()
+            self._timer.arm(now)
+        self._outbox.send(peer, msg.VoteReply(self.term, granted, self.recovering))
 
-    def _receive_vote_reply(self, now: float, peer: str, message: VoteReply) -> None:
+    def _receive_vote_reply(self, now: float, peer: str, message: msg.VoteReply) -> None:
         if message.term > self.term:
             self._follow(now, Cause.HIGHER_TERM, message.term, None)
         elif message.term == self.term and self.role is Role.CANDIDATE:
             self._ballot.record(peer, granted=message.granted, recovering=message.recovering)
             self._judge_round(now)
 
-    def _receive_timeout_now(self, now: float, peer: str, message: TimeoutNow) -> None:
+    def _receive_timeout_now(self, now: float, peer: str, message: msg.TimeoutNow) -> None:
         is_ours = message.term == self.term and peer == self.leader and self.role is Role.FOLLOWER
-        if is_ours and self.is_voter and not self.recovering:
+        if is_ours and self.in_force.is_voter and not self.recovering:
             self._campaign(now, Cause.TIMEOUT_NOW, message.ticket)
 
     # Following
-
-    def _receive_append(self, now: float, peer: str, message: Append) -> None:
-        check_append(message, self.config.segment_bytes)
-        if not self._hear_leader(now, peer, message.term):
-            return
-        self._reply_seq = message.seq
-        if not self._has_predecessor(message):
-            self._reply_ok = False
-            self._reply_hint = self._last_not_above(message.prev_index, message.prev_term)
-            self._reply_due = True
-            return
-        entries = message.entries
-        if entries:
-            self._take(entries)
-        self._reply_ok = True
-        verified = message.prev_index + len(entries)
-        if verified > self.verified_index:
-            self.verified_index = verified
-        if message.commit > self._leader_commit:
-            self._leader_commit = message.commit
-        self._advance_follower_commit()
-        # With entries still on their way to the disk the mark that reports them is the better answer.
-        mark = self.durable_index if self.config.sync else self.written_index
-        if not entries or mark >= verified:
-            self._reply_due = True
 
     def _hear_leader(self, now: float, peer: str, term: int) -> bool:
         """A leader of `term` speaks to us, be it a member for us or not (dissertation 4.1). False: of an old term."""
         if term < self.term:
             # The sender learns our term from this and steps down (dledger#85). No sequence: it would be taken for an
             # answer of our term if the sender leads that one by now.
-            self._send(peer, AppendReply(self.term, 0, False, 0, 0))
+            self._outbox.send(peer, msg.AppendReply(self.term, 0, False, 0, 0))
             return False
         if term > self.term:
             self._follow(now, Cause.HIGHER_TERM, term, peer)
         elif self.role is Role.LEADER or self.leader not in (None, peer):
-            raise self._break(f"{peer} and {self.leader} both lead term {self.term} (Raft 5.2)")
-        elif self.role is Role.PRE_CANDIDATE and self._ticket:
+            raise PromiseBroken(f"{peer} and {self.leader} both lead term {self.term} (Raft 5.2)")
+        elif self.role is Role.PRE_CANDIDATE and self._ballot.ticket:
             # This very leader told us to campaign; what it sent behind that is no reason to stop.
             self.leader = peer
         elif self.leader is None or self.role is not Role.FOLLOWER:
             self._follow(now, Cause.LEADER_HEARD, self.term, peer)
-        self._heard_leader_at = now
+        self._following.heard_at = now
         if self.role is Role.FOLLOWER:
-            self._election_deadline = now + self._timeout
+            self._timer.restart(now)
         self._is_fresh = False
-        self._is_told_removed = False
+        self.in_force.is_told_removed = False
         return True
 
-    def _receive_segments_offer(self, now: float, peer: str, message: SegmentsOffer) -> None:
+    def _receive_append(self, now: float, peer: str, message: msg.Append) -> None:
+        check_append(message, self.config.segment_bytes)
+        if not self._hear_leader(now, peer, message.term):
+            return
+        log, following = self.log, self._following
+        if not log.has_predecessor(message):
+            following.reject(message.seq, log.last_not_above(message.prev_index, message.prev_term))
+            return
+        entries = message.entries
+        if entries:
+            self._take(entries)
+        verified = message.prev_index + len(entries)
+        # With entries still on their way to the disk the mark that reports them is the better answer.
+        mark = log.durable_index if self.config.sync else log.written_index
+        following.accept(message, verified, not entries or mark >= verified)
+        self._advance_follower_commit()
+
+    def _take(self, entries: Sequence[Entry]) -> None:
+        """Skip what we have, cut only at a true conflict, append the rest (Raft 5.3)."""
+        known = 0
+        if entries[0].index <= self.log.last_index:
+            known, is_conflict = self.log.compare(entries)
+            if is_conflict:
+                self._cut(entries[known].index)
+        if known < len(entries):
+            news = entries[known:] if known else entries
+            self._append(news, config_entries(news))
+
+    def _receive_segments_offer(self, now: float, peer: str, message: msg.SegmentsOffer) -> None:
         """The leader does not send us what we lack: it has to come as whole segments (raft.md 4.7)."""
         if message.seq < 1 or message.first_index < 1:
             raise RemoteError(f"impossible offer: {message.seq=} {message.first_index=}")
         if not self._hear_leader(now, peer, message.term):
             return
-        self._reply_seq = message.seq
-        self._reply_ok = False
-        self._reply_hint = (self.last_index, self.last_term)
-        self._reply_due = True
-        if message.commit > self._leader_commit:
-            self._leader_commit = message.commit
-        if message.first_index != self._segments_from:
-            self._segments_from = message.first_index
-            self._effects.append(fx.NeedSegments(peer, message.first_index))
-
-    def _has_predecessor(self, message: Append) -> bool:
-        """Do we hold the very entry before the leader's? (Raft 5.3, consistency check)"""
-        index = message.prev_index
-        if index > self.last_index:
-            return False
-        if index < self.log.first_index - 1:
-            # Purged here, hence committed: no conflict and nothing to delete (openraft#511).
-            return True
-        term = self._term_at(index)
-        if term != message.prev_term:
-            if index <= self.commit_index:
-                raise self._break(f"committed entry {index} has term {term} here and {message.prev_term} at the leader")
-            return False
-        crc = self.last_crc if index == self.last_index else self.log.head_crc_at(index)
-        if crc != message.prev_crc:
-            raise self._break(f"entry {index} of term {term} differs from the leader's: one of the two is damaged")
-        return True
-
-    def _take(self, entries: Sequence[Entry]) -> None:
-        """Skip what we have, cut only at a true conflict, append the rest (Raft 5.3; never shorten for a late
-        message)."""
-        known = 0
-        if entries[0].index <= self.last_index:
-            for entry in entries:
-                index = entry.index
-                if index > self.last_index:
-                    break
-                term = self._term_at(index)
-                if term is None and index < self.log.first_index:
-                    known += 1
-                    continue
-                if term != entry.term:
-                    self._cut(index)
-                    break
-                crc = self.last_crc if index == self.last_index else self.log.head_crc_at(index)
-                if crc != entry.head_crc:
-                    raise self._break(
-                        f"entry {index} of term {term} differs from the leader's: one of the two is damaged"
-                    )
-                known += 1
-        if known < len(entries):
-            self._append(entries[known:] if known else entries)
-
-    def _cut(self, from_index: int) -> None:
-        if from_index <= self.commit_index:
-            raise self._break(f"asked to cut committed entry {from_index}; the commit index is {self.commit_index}")
-        keep = from_index - 1
-        term, crc = self.log.term_at(keep), self.log.head_crc_at(keep)
-        if term is None or crc is None:
-            raise self._break(f"asked to cut at {from_index}, before the first retained entry")
-        kept = self.log.entries(keep, 1) if keep >= self.log.first_index else ()
-        self._effects.append(fx.Cut(from_index))
-        self.last_index, self.last_term, self.last_crc = keep, term, crc
-        self.position_end = kept[0].end if kept else UNKNOWN_POSITION if keep else 0
-        self.written_index = min(self.written_index, keep)
-        self.durable_index = min(self.durable_index, keep)
-        if self.configs.cut(from_index):
-            self._change_members()
-
-    def _append(self, entries: Sequence[Entry]) -> None:
-        first, last = entries[0], entries[-1]
-        if self.position_end != UNKNOWN_POSITION and first.position != next_position(
-            self.position_end, len(first.frame), self.config.segment_bytes
-        ):
-            raise self._break(
-                f"entry {first.index} claims position {first.position}; our log ends at {self.position_end}"
-            )
-        configs = [entry for entry in entries if entry.type == _CONFIG]
-        try:
-            changes = [(entry.index, decode_members(entry.body)) for entry in configs]
-        except ValueError as error:
-            raise self._break(f"a CONFIG entry between {first.index} and {last.index}: {error}") from error
-        self._effects.append(fx.Append(entries))
-        self._appended = entries
-        self.last_index, self.last_term, self.last_crc = last.index, last.term, last.head_crc
-        self.position_end = last.end
-        for index, members in changes:
-            self.configs.append(index, members)
-            self._change_members()
+        following = self._following
+        following.reject(message.seq, (self.log.last_index, self.log.last_term))
+        if message.commit > following.leader_commit:
+            following.leader_commit = message.commit
+        if message.first_index != following.segments_from:
+            following.segments_from = message.first_index
+            self._outbox.effects.append(fx.NeedSegments(peer, message.first_index))
 
     def _advance_follower_commit(self) -> None:
-        commit = min(self._leader_commit, self.verified_index, self.written_index)
-        if commit > self.commit_index:
-            self.commit_index = commit
-            self._effects.append(fx.Commit(commit))
-            if 0 < self._open_config <= commit:
-                self._settle_members()
+        log, following = self.log, self._following
+        commit = min(following.leader_commit, following.verified_index, log.written_index)
+        if commit > log.commit_index:
+            self._commit(commit)
         # Only a commit index in the leader's own term covers everything that was ever committed (Raft 5.4.2), so only
         # that one shows what a power loss may have taken from us.
         if (
             self.recovering
             and self.leader is not None
-            and self.commit_index >= self._leader_commit
-            and self.verified_index >= self.commit_index
-            and self._term_at(self.commit_index) == self.term
+            and log.commit_index >= following.leader_commit
+            and following.verified_index >= log.commit_index
+            and log.term_at(log.commit_index) == self.term
         ):
-            self.recovering = False
-            self._effects.append(fx.Recovered(self.term))
+            self._recovered()
 
     def _end_follower_turn(self) -> None:
-        leader = self.leader
-        if leader is None or not self._reply_seq:
+        if self.leader is None:
             return
-        written = min(self.written_index, self.verified_index)
-        durable = min(self.durable_index, self.verified_index)
-        if not self._reply_due and (durable if self.config.sync else written) <= self._reply_marks[self.config.sync]:
-            return
-        self._reply_due = False
-        self._reply_marks = (written, durable)
-        hint_index, hint_term = (0, 0) if self._reply_ok else self._reply_hint
-        self._send(
-            leader,
-            AppendReply(
-                self.term,
-                self._reply_seq,
-                self._reply_ok,
-                written,
-                durable,
-                hint_index,
-                hint_term,
-                self.is_disk_ok and self.has_room,
-            ),
-        )
+        is_fit = self.is_disk_ok and self.has_room
+        reply = self._following.reply(self.term, self.log, self.config.sync, is_fit)
+        if reply is not None:
+            self._outbox.send(self.leader, reply)
+
+    # The log
+
+    def _cut(self, from_index: int) -> None:
+        self.log.cut(from_index)
+        self._outbox.effects.append(fx.Cut(from_index))
+        if self.in_force.cut(from_index, self.log.commit_index):
+            self._members_changed()
+
+    def _append(self, entries: Sequence[Entry], configs: Sequence[Entry]) -> None:
+        changes = members_by_index(configs) if configs else ()
+        self.log.append(entries)
+        self._outbox.effects.append(fx.Append(entries))
+        for index, members in changes:
+            self.in_force.append(index, members, self.log.commit_index)
+            self._members_changed()
+
+    def _commit(self, index: int) -> None:
+        self.log.commit_index = index
+        self._outbox.effects.append(fx.Commit(index))
+        if self._reads.waiting:
+            self._confirm_reads()
+        if 0 < self.in_force.open_index <= index:
+            self._settle_members()
 
     # Leading
 
     def _propose(self, entries: Sequence[Entry]) -> None:
         if not entries:
             return
+        configs = config_entries(entries)
+        refusal = self._refusal(entries, configs)
+        if refusal is not None:
+            self._outbox.effects.append(fx.Refused(entries, refusal))
+            return
+        self._append(entries, configs)
+        if not self.noop_index:
+            self.noop_index = entries[0].index
+
+    def _refusal(self, entries: Sequence[Entry], configs: Sequence[Entry]) -> str | None:
+        """Why these entries must not be logged now, or None. Raises LocalError where they do not continue the log."""
         first = entries[0]
         if not self.accepts_proposals:
-            reason = "leadership is being handed over" if self.is_transferring else "this node is not the leader"
-            self._effects.append(fx.Refused(entries, reason))
-            return
+            return "leadership is being handed over" if self.is_transferring else "this node is not the leader"
         if entries[-1].term != self.term:
-            self._effects.append(fx.Refused(entries, f"term {entries[-1].term} is over"))
-            return
+            return f"term {entries[-1].term} is over"
         if not self.noop_index and first.type != EntryType.NOOP:
             # Behind the no-op only: what is before it could not be committed by counting (Raft 5.4.2).
-            self._effects.append(fx.Refused(entries, "the no-op of this term must come first"))
-            return
-        if (first.index, first.prev_crc) != (self.last_index + 1, self.last_crc):
+            return "the no-op of this term must come first"
+        if (first.index, first.prev_crc) != (self.log.last_index + 1, self.log.last_crc):
             raise LocalError(
-                f"proposal at index {first.index} does not continue the log, which ends at {self.last_index}"
+                f"proposal at index {first.index} does not continue the log, which ends at {self.log.last_index}"
             )
-        configs = [entry for entry in entries if entry.type == _CONFIG]
-        if configs:
-            refusal = self._refuse_members(configs)
-            if refusal is not None:
-                self._effects.append(fx.Refused(entries, refusal))
-                return
-        self._append(entries)
-        if not self.noop_index:
-            self.noop_index = first.index
+        if not configs:
+            return None
+        return self.in_force.refusal(
+            configs,
+            is_noop_committed=self._is_noop_committed,
+            has_caught_up=self._replication.has_caught_up,
+            is_alive=lambda peer: self._replication.is_alive(peer, self._now),
+        )
 
-    def _note_mark(self, index: int, term: int, *, is_durable: bool) -> None:
-        if self._term_at(index) != term:
-            # The entry was cut after the write began (raft.md 4.4).
-            return
-        if index > self.written_index:
-            self.written_index = index
-        if is_durable and index > self.durable_index:
-            self.durable_index = index
-        if self.role is Role.LEADER:
-            self._advance_leader_commit()
-        else:
-            self._advance_follower_commit()
+    @property
+    def _is_noop_committed(self) -> bool:
+        """Only then is everything committed that any older leader acknowledged (Raft 5.4.2, 8)."""
+        return 0 < self.noop_index <= self.log.commit_index
 
     def _advance_leader_commit(self) -> None:
-        progress = self.progress
+        progress, log, in_force = self._replication.progress, self.log, self.in_force
         if self.config.sync:
-            marks = [progress[peer].durable for peer in self._voting_peers]
-            own = self.durable_index
+            marks = [progress[peer].durable for peer in in_force.voting_peers]
+            own = log.durable_index
         else:
-            marks = [progress[peer].written for peer in self._voting_peers]
-            own = self.written_index
-        if self.is_voter:
+            marks = [progress[peer].written for peer in in_force.voting_peers]
+            own = log.written_index
+        if in_force.is_voter:
             marks.append(own)
-        commit = min(quorum_mark(marks), self.written_index)
+        commit = min(quorum_mark(marks), log.written_index)
         # Raft 5.4.2: only an entry of our own term is committed by counting; all of ours stand behind the no-op.
-        if commit > self.commit_index and 0 < self.noop_index <= commit:
-            self.commit_index = commit
-            self._effects.append(fx.Commit(commit))
-            if self._reads:
-                self._confirm_reads()
-            if 0 < self._open_config <= commit:
-                self._settle_members()
+        if commit > log.commit_index and 0 < self.noop_index <= commit:
+            self._commit(commit)
 
-    def _receive_append_reply(self, now: float, peer: str, message: AppendReply) -> None:
+    def _receive_append_reply(self, now: float, peer: str, message: msg.AppendReply) -> None:
+        replication = self._replication
         if message.term > self.term:
-            if self.role is Role.LEADER and peer not in self.progress:
+            if self.role is Role.LEADER and peer not in replication.progress:
                 return  # a removed node deposes nobody
             self._follow(now, Cause.HIGHER_TERM, message.term, None)
             return
         if self.role is not Role.LEADER or message.term != self.term:
             return
-        progress = self.progress.get(peer)
+        progress = replication.progress.get(peer)
         if progress is None:
             return  # it has been removed meanwhile
-        seq = message.seq
-        if seq > progress.seq or message.written > self.last_index or message.durable > message.written:
-            raise RemoteError(f"{peer} answers what was never sent: {message}")
-        if seq <= progress.stale_seq or seq < progress.reply_seq:
+        has_more = replication.take_reply(now, progress, message)
+        if has_more is None:
             return
-        progress.reply_seq = seq
-        progress.last_reply_at = now
-        progress.disk_ok = message.disk_ok
-        progress.note_answered(seq)
-        has_more = False
-        if message.written > progress.written:
-            progress.written = message.written
-            has_more = True
-        if message.durable > progress.durable:
-            progress.durable = message.durable
-            has_more = True
-        if message.ok:
-            if progress.state is PeerState.PROBE and seq >= progress.probe_seq:
-                if self._is_far_behind(progress.written):
-                    self._offer_segments(progress, PeerCause.FAR_BEHIND)
-                else:
-                    progress.change(PeerCause.MATCHED)
-        else:
-            self._step_back(progress, message)
         if has_more:
             self._advance_leader_commit()
-        if self._reads:
+        if self._reads.waiting:
             self._confirm_reads()
-        transfer = self._transfer
+        transfer = self._succession.transfer
         if transfer is not None and transfer.target == peer:
-            self._pursue_transfer(transfer)
+            self._succession.pursue(transfer)
 
-    def _step_back(self, progress: Progress, message: AppendReply) -> None:
-        """A rejection: jump to the last entry that can agree, by the follower's hint and our own terms."""
-        agreed, agreed_term = self._last_not_above(message.hint_index, message.hint_term)
-        # Within one connection a follower loses nothing it reported; behind a new one it may have, by a power loss.
-        progress.written = min(progress.written, message.hint_index)
-        progress.durable = min(progress.durable, message.hint_index)
-        # A term above the hinted one: the search ended at our first entry without finding agreement.
-        can_agree = agreed_term <= message.hint_term
-        if progress.state is PeerState.SEGMENTS:
-            if can_agree and agreed >= progress.segments_until - 1:
-                progress.change(PeerCause.REACHED)
-                progress.next_index = agreed + 1
-        elif not can_agree or agreed + 1 < self.log.first_index:
-            self._offer_segments(progress, PeerCause.BELOW_FIRST)
-        elif self._is_far_behind(agreed):
-            self._offer_segments(progress, PeerCause.FAR_BEHIND)
-        else:
-            progress.change(PeerCause.REJECTED)
-            progress.next_index = agreed + 1
-
-    # Segments
-
-    def _offer_segments(self, progress: Progress, cause: PeerCause) -> None:
-        progress.change(cause)
-        progress.segments_until = first_to_send(self.log, self.commit_index, self.position_end, self.config)
-        progress.next_index = progress.segments_until
-
-    def _is_far_behind(self, index: int) -> bool:
-        return is_far_behind(self.log, index, self.commit_index, self.position_end, self.config)
-
-    # Sending
-
-    def _send_heartbeat(self, now: float, progress: Progress) -> None:
-        if progress.state is PeerState.SEGMENTS:
-            self._send_offer(now, progress)
-        else:
-            self._send_append(now, progress, ())
-
-    def _send_offer(self, now: float, progress: Progress) -> None:
-        # Retention goes on meanwhile.
-        progress.segments_until = max(progress.segments_until, self.log.first_index)
-        progress.next_index = progress.segments_until
-        progress.seq += 1
-        progress.last_sent_at = now
-        progress.is_probe_sent = True
-        offer = SegmentsOffer(self.term, progress.seq, progress.segments_until, self.commit_index)
-        self._effects.append(fx.Send(progress.peer, offer))
-
-    def _send_append(self, now: float, progress: Progress, entries: Sequence[Entry]) -> None:
-        prev_index = progress.next_index - 1
-        if prev_index == self.last_index:
-            prev_term, prev_crc = self.last_term, self.last_crc
-        elif prev_index == progress.prev_index and prev_index >= self.log.first_index - 1:
-            prev_term, prev_crc = progress.prev_term, progress.prev_crc
-        else:
-            term, crc = self.log.term_at(prev_index), self.log.head_crc_at(prev_index)
-            if term is None or crc is None:
-                # Trimmed since.
-                self._offer_segments(progress, PeerCause.BELOW_FIRST)
-                self._send_offer(now, progress)
-                return
-            prev_term, prev_crc = term, crc
-        progress.seq += 1
-        message = Append(self.term, prev_index, prev_term, prev_crc, self.commit_index, progress.seq, entries)
-        progress.last_sent_at = now
-        progress.commit_sent = self.commit_index
-        if entries:
-            last = entries[-1]
-            progress.note_sent(sum([len(entry.frame) for entry in entries]))
-            progress.next_index = last.index + 1
-            progress.prev_index, progress.prev_term, progress.prev_crc = last.index, last.term, last.head_crc
-        self._effects.append(fx.Send(progress.peer, message))
-
-    def _end_turn(self, now: float) -> None:
-        if self.role is not Role.LEADER:
-            self._end_follower_turn()
-            return
-        config = self.config
-        if self._reads:
+    def _end_leader_turn(self, now: float) -> None:
+        if self._reads.waiting:
             self._begin_read_round(now)
-        for progress in self.progress.values():
-            if progress.state is PeerState.REPLICATE:
-                while (
-                    progress.next_index <= self.last_index
-                    and len(progress.inflight) < config.window_messages_max
-                    and progress.inflight_bytes < config.window_bytes_max
-                ):
-                    entries = self.log.entries(progress.next_index, config.message_bytes_max)
-                    if not entries and progress.next_index >= self.log.first_index:
-                        break  # on their way from the disk
-                    self._send_append(now, progress, entries)
-                    if not entries:
-                        break
-                if progress.commit_sent < self.commit_index:
-                    # Followers serve reads up to their commit index: news at once, window or not (raft.md 4.8).
-                    self._send_append(now, progress, ())
-            elif not progress.is_probe_sent and progress.is_connected:
-                if progress.state is PeerState.PROBE:
-                    self._probe(now, progress)
-                else:
-                    self._send_offer(now, progress)
-
-    def _probe(self, now: float, progress: Progress) -> None:
-        entries: Sequence[Entry] = ()
-        if progress.next_index <= self.last_index:
-            bytes_max = min(PROBE_BYTES_MAX, self.config.message_bytes_max)
-            entries = self.log.entries(progress.next_index, bytes_max)
-            if entries and len(entries[0].frame) > bytes_max:
-                entries = ()
-        self._send_append(now, progress, entries)
-        progress.is_probe_sent = True
-        progress.probe_seq = progress.seq
-
-    # Handing over
+        self._replication.end_turn(now)
 
     def _begin_transfer(self, now: float, target: str | None) -> None:
-        refusal = None
-        if self.role is not Role.LEADER:
-            refusal = "this node is not the leader"
-        elif self._transfer is not None:
-            refusal = f"a transfer to {self._transfer.target} is under way"
-        elif target is not None and target not in self._voting_peers:
-            refusal = f"{target} is not another voter of this group"
-        elif not self._voting_peers:
-            refusal = "there is no other voter"
+        is_leader = self.role is Role.LEADER
+        refusal = self._succession.begin_transfer(now, target) if is_leader else "this node is not the leader"
         if refusal is not None:
-            self._effects.append(fx.TransferEnded(target, False, refusal))
-            return
-        if target is None:
-            target = best_successor(self._voters_progress())
-            assert target is not None
-        deadline = now + self.config.election_timeout_min
-        self._transfer = TransferInProgress(target, self._rng.getrandbits(48) | 1, deadline)
-        self._pursue_transfer(self._transfer)
-
-    def _pursue_transfer(self, transfer: TransferInProgress) -> None:
-        """Once the target has everything, tell it to campaign; proposals have stopped, so it stays level."""
-        progress = self.progress[transfer.target]
-        if not transfer.is_sent and progress.state is PeerState.REPLICATE and progress.written == self.last_index:
-            transfer.is_sent = True
-            self._send(transfer.target, TimeoutNow(self.term, transfer.ticket))
-
-    def _name_successor(self) -> None:
-        """We stop leading now: let the best of the others go on without waiting for a timeout."""
-        successor = best_successor(self._voters_progress())
-        if successor is not None and not self._is_unsaved:
-            self._send(successor, TimeoutNow(self.term, self._rng.getrandbits(48) | 1))
-
-    def _prefer_leader(self, now: float) -> None:
-        """Hand over to a preferred voter, when nothing speaks against it (raft.md 4.3): never a forced election. Where
-        this node's disk has no room for messages, whoever has room is preferred, and sooner."""
-        priorities = self.config.priorities
-        if self._transfer is not None or self._open_config or (self.has_room and not priorities):
-            return
-        wait = self.config.preferred_after if self.has_room else self.config.election_timeout_max
-        if now - self._undisturbed_since < wait:
-            return
-        fit = [
-            progress
-            for progress in self._voters_progress()
-            if progress.is_connected
-            and progress.disk_ok
-            and progress.state is PeerState.REPLICATE
-            and self._is_near(progress)
-        ]
-        target = preferred(fit, priorities, self.node_id) if self.has_room else best_successor(fit)
-        if target is not None:
-            self._begin_transfer(now, target)
-
-    def _voters_progress(self) -> list[Progress]:
-        return [self.progress[peer] for peer in self._voting_peers]
-
-    def _is_near(self, progress: Progress) -> bool:
-        behind = bytes_behind(self.log, progress.written, self.position_end)
-        return behind is not None and behind <= self.config.promote_lag_bytes_max
+            self._outbox.effects.append(fx.TransferEnded(target, False, refusal))
 
     # Reads
 
     def _read_index(self, token: int) -> None:
         if self.role is not Role.LEADER:
-            self._effects.append(fx.ReadRefused(token, "this node is not the leader"))
-        elif len(self._reads) >= self.config.reads_waiting_max:
-            self._effects.append(fx.ReadRefused(token, "too many reads wait for a confirmation"))
+            self._outbox.effects.append(fx.ReadRefused(token, "this node is not the leader"))
+        elif self._reads.waiting >= self.config.reads_waiting_max:
+            self._outbox.effects.append(fx.ReadRefused(token, "too many reads wait for a confirmation"))
         else:
             self._reads.add(token)
-            if self.voters == (self.node_id,):
+            if self.in_force.voters == (self.node_id,):
                 self._confirm_reads()
 
     def _begin_read_round(self, now: float) -> None:
@@ -1264,111 +861,53 @@ class Raft:
 
         Not before the no-op is committed: until then our commit index may be behind what was acknowledged (5.4.2).
         """
-        if not self._reads.is_round_due or not 0 < self.noop_index <= self.commit_index:
+        if not self._reads.is_round_due or not self._is_noop_committed:
             return
-        self._reads.begin(self.commit_index, {peer: self.progress[peer].seq for peer in self._voting_peers})
-        for peer in self._voting_peers:
-            self._send_heartbeat(now, self.progress[peer])
+        asked = self._replication.of(self.in_force.voting_peers)
+        self._reads.begin(self.log.commit_index, {progress.peer: progress.seq for progress in asked})
+        for progress in asked:
+            self._replication.send_heartbeat(now, progress)
 
     def _confirm_reads(self) -> None:
-        if self.voters == (self.node_id,) and self._reads.is_round_due and 0 < self.noop_index <= self.commit_index:
-            self._reads.begin(self.commit_index, {})
-        answered = {peer: self.progress[peer].reply_seq for peer in self._voting_peers}
-        index, tokens = self._reads.finish(self.node_id, self.voters, answered)
+        if self.in_force.voters == (self.node_id,) and self._reads.is_round_due and self._is_noop_committed:
+            self._reads.begin(self.log.commit_index, {})
+        answered = {progress.peer: progress.reply_seq for progress in self._replication.of(self.in_force.voting_peers)}
+        index, tokens = self._reads.finish(self.node_id, self.in_force.voters, answered)
         for token in tokens:
-            self._effects.append(fx.ReadReady(token, index))
+            self._outbox.effects.append(fx.ReadReady(token, index))
 
     # Members
 
-    def _note_members(self) -> None:
-        members = self.configs.members
-        self.members = members
-        self.voters = members.voters
-        self.is_voter = self.node_id in members.voters
-        self.peers = tuple(node for node in members.all if node != self.node_id)
-        self._voting_peers = tuple(node for node in members.voters if node != self.node_id)
-        self._jitter_share = jitter_share(self.node_id, self.voters, self.config.priorities)
+    def _share_of_delays(self) -> float:
+        return jitter_share(self.node_id, self.in_force.voters, self.config.priorities)
 
-    @property
-    def _may_campaign(self) -> bool:
-        """A voter; also one that is none any more by an entry that may not be committed: the others may need its log.
-
-        Its own vote does not count then (dissertation 4.2.2).
-        """
-        was_voter = bool(self._open_config) and self.node_id in self.configs.at(self.commit_index).voters
-        return (self.is_voter or was_voter) and not self._is_told_removed
-
-    def _refuse_members(self, configs: Sequence[Entry]) -> str | None:
-        """Why these CONFIG entries must not be appended now, or None."""
-        if len(configs) > 1:
-            return "one change of members at a time"
-        if not 0 < self.noop_index <= self.commit_index:
-            # Two leaders could otherwise change the same members in ways whose quorums do not meet (raft-dev 2015).
-            return "the no-op of this term must be committed before members change"
-        if self._open_config:
-            return f"the change of members at entry {self._open_config} is not committed yet"
-        try:
-            wanted = decode_members(configs[0].body)
-            check_single_step(self.members, wanted)
-        except (ValueError, LocalError) as error:
-            return str(error)
-        learner = promoted(self.members, wanted)
-        if learner is not None:
-            progress = self.progress[learner]
-            if not progress.is_connected or progress.state is not PeerState.REPLICATE or not self._is_near(progress):
-                return f"{learner} has not caught up"
-        if wanted.voters != self.voters:
-            alive = sum(1 for voter in wanted.voters if voter == self.node_id or self._is_alive(voter))
-            if alive < majority(len(wanted.voters)):
-                return f"of the voters {', '.join(wanted.voters)} too few are alive to commit anything"
-        return None
-
-    def _is_alive(self, peer: str) -> bool:
-        progress = self.progress[peer]
-        return progress.is_connected and self._now - progress.last_reply_at < self.config.election_timeout_min
-
-    def _change_members(self) -> None:
-        """The log has gained or lost a CONFIG entry: from here on, everything is counted among its members."""
-        self._open_config = self.configs.index if self.configs.index > self.commit_index else 0
-        self._note_members()
-        self._is_told_removed = False
-        self._effects.append(fx.MembersChanged(self.configs.index, self.members, not self._open_config))
+    def _members_changed(self) -> None:
+        """The log has gained or lost a CONFIG entry."""
+        self._timer.share = self._share_of_delays()
+        self._outbox.effects.append(
+            fx.MembersChanged(self.configs.index, self.in_force.members, self.is_config_committed)
+        )
         if self.role is Role.LEADER:
-            self._undisturbed_since = self._now
+            self._succession.undisturbed_since = self._now
             self._track_members()
         elif self.role is not Role.FOLLOWER:
             self._follow(self._now, Cause.MEMBERS_CHANGED, self.term, self.leader)
 
     def _track_members(self) -> None:
-        """A Progress for every other member. Who is being removed keeps his until that is committed, to hear of it."""
-        tracked = set(self.peers)
-        if self._open_config:
-            tracked.update(self.configs.at(self.commit_index).all)
-            tracked.discard(self.node_id)
-        for peer in sorted(tracked - self.progress.keys()):
-            self.progress[peer] = Progress(
-                peer,
-                self.last_index + 1,
-                self._now,
-                is_connected=peer not in self._down,
-                seq=self._seq_of_gone.get(peer, 0),
-            )
-        for peer in sorted(self.progress.keys() - tracked):
-            self._seq_of_gone[peer] = self.progress.pop(peer).seq
+        self._replication.track(self.in_force.to_track(self.log.commit_index), self._down, self._now)
 
     def _settle_members(self) -> None:
         """The CONFIG entry in force is committed."""
-        self.configs.settle(self.commit_index)
-        self._open_config = 0
-        for peer in sorted(self.progress.keys() - set(self.peers)):
+        self.in_force.settle(self.log.commit_index)
+        for peer in sorted(self.progress.keys() - set(self.in_force.peers)):
             # Its last word from us; the effect below closes its connection.
-            self._send_heartbeat(self._now, self.progress[peer])
-        self._effects.append(fx.MembersChanged(self.configs.index, self.members, True))
+            self._replication.send_heartbeat(self._now, self.progress[peer])
+        self._outbox.effects.append(fx.MembersChanged(self.configs.index, self.in_force.members, True))
         if self.role is not Role.LEADER:
             return
         self._track_members()
-        if not self.is_voter:
+        if not self.in_force.is_voter:
             for progress in self.progress.values():
-                self._send_heartbeat(self._now, progress)
-            self._name_successor()
+                self._replication.send_heartbeat(self._now, progress)
+            self._succession.name_successor()
             self._follow(self._now, Cause.REMOVED, self.term, None)

@@ -12,18 +12,16 @@ from dledger.core.quorum import majority
 
 
 class ReadRounds:
-    """The reads of one leadership, by the driver's tokens."""
+    """The reads of one leadership, by the driver's tokens. `waiting`: how many."""
 
-    __slots__ = ("_confirming", "_gathering", "_index", "_sent")
+    __slots__ = ("_confirming", "_gathering", "_index", "_sent", "waiting")
 
     def __init__(self) -> None:
         self._gathering: list[int] = []
         self._confirming: list[int] = []
         self._index = 0
         self._sent: dict[str, int] = {}
-
-    def __len__(self) -> int:
-        return len(self._gathering) + len(self._confirming)
+        self.waiting = 0
 
     @property
     def is_round_due(self) -> bool:
@@ -31,6 +29,7 @@ class ReadRounds:
 
     def add(self, token: int) -> None:
         self._gathering.append(token)
+        self.waiting += 1
 
     def begin(self, commit_index: int, sent: Mapping[str, int]) -> None:
         """A round begins: `sent` is the number of the last message to each peer so far; only later ones count."""
@@ -54,10 +53,12 @@ class ReadRounds:
         if confirmed < majority(len(voters)):
             return 0, []
         tokens, self._confirming = self._confirming, []
+        self.waiting -= len(tokens)
         return self._index, tokens
 
     def give_up(self) -> list[int]:
         """Leadership is over: every token that waits, oldest first; none waits any more."""
         tokens = self._confirming + self._gathering
         self._confirming, self._gathering = [], []
+        self.waiting = 0
         return tokens

@@ -132,9 +132,9 @@ class Member:
 
     def frame(self, body: bytes, entry_type: int = EntryType.DATA) -> Entry:
         raft = self.raft
-        position = next_position(raft.position_end, HEADER_BYTES + len(body), raft.config.segment_bytes)
+        position = next_position(raft.log.position_end, HEADER_BYTES + len(body), raft.config.segment_bytes)
         return frame_entry(
-            raft.last_index + 1, raft.term, position, entry_type, 1, (body,), raft.last_crc, raft.commit_index
+            raft.last_index + 1, raft.term, position, entry_type, 1, (body,), raft.log.last_crc, raft.commit_index
         )
 
     def change(self, change: Change) -> int:

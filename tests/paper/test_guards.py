@@ -85,7 +85,7 @@ def test_4_2_a_recovery_waits_for_everything_the_leader_has_committed() -> None:
     member.receive("n0", empty_append(log, term=2, commit=3))
     assert member.raft.commit_index == 2 and member.raft.recovering
     theirs = make_log(1, 2, 2)
-    member.receive("n0", msg.Append(2, 2, 2, member.raft.last_crc, 3, 2, tuple(theirs.entries(3, 1 << 20))))
+    member.receive("n0", msg.Append(2, 2, 2, member.raft.log.last_crc, 3, 2, tuple(theirs.entries(3, 1 << 20))))
     assert not member.raft.recovering
 
 
@@ -202,7 +202,7 @@ def test_4_3_an_entry_framed_in_an_older_term_of_the_same_leader_is_refused() ->
     group.take()
     group.elect("n0")
     raft = group.raft("n0")
-    stale = frame_entry(raft.last_index + 1, 1, raft.position_end, EntryType.DATA, 1, (b"x",), raft.last_crc, 0)
+    stale = frame_entry(raft.last_index + 1, 1, raft.log.position_end, EntryType.DATA, 1, (b"x",), raft.log.last_crc, 0)
     group["n0"].step(Propose(group.now, (stale,)))
     assert group["n0"].refusals == ["term 1 is over"] and raft.last_index == stale.index - 1
 

@@ -240,7 +240,7 @@ def test_a_real_vote_request_counts_although_a_leader_is_heard() -> None:
     group = Group()
     group.elect("n0")
     last = group.raft("n1")
-    group["n1"].receive("n2", msg.Vote(2, last.last_index, last.last_term))
+    group["n1"].receive("n2", msg.Vote(2, last.last_index, last.log.last_term))
     assert replies(group["n1"], msg.VoteReply)[-1] == msg.VoteReply(2, True)
 
 
@@ -437,7 +437,7 @@ def test_recovery_ends_only_with_a_commit_index_of_the_leaders_term() -> None:
     group = Group(logs={name: make_log(1, 1) for name in ("n0", "n1", "n2")})
     group["n2"].boot(recovering=True)
     member = group["n2"]
-    crc = member.raft.last_crc
+    crc = member.raft.log.last_crc
     member.receive("n0", msg.Append(2, 2, 1, crc, 2, 1))
     assert member.raft.commit_index == 2 and member.raft.recovering
     group.take()

@@ -46,7 +46,7 @@ def with_four_voters() -> Group:
     group = with_learner()
     group["n0"].change(Promote("n3"))
     group.settle()
-    assert all(group.raft(name).voters == ("n0", "n1", "n2", "n3") for name in group.names)
+    assert all(group.raft(name).members.voters == ("n0", "n1", "n2", "n3") for name in group.names)
     return group
 
 
@@ -136,7 +136,7 @@ def test_4_1_a_cut_of_two_changes_brings_back_the_one_before_both() -> None:
     group = with_four_voters()
     member = group["n2"]
     member.boot(commit_index=1)
-    assert member.raft.voters == ("n0", "n1", "n2", "n3") and not member.raft.is_config_committed
+    assert member.raft.members.voters == ("n0", "n1", "n2", "n3") and not member.raft.is_config_committed
     prev_term, prev_crc = member.log.term_at(1), member.log.head_crc_at(1)
     assert prev_term is not None and prev_crc is not None
     position = member.log.position_of(2)
@@ -150,7 +150,7 @@ def test_4_1_a_node_starts_with_the_last_config_of_its_log_committed_or_not() ->
     group = with_four_voters()
     group.isolate("n1")
     group["n1"].boot(commit_index=0)
-    assert group.raft("n1").voters == ("n0", "n1", "n2", "n3")
+    assert group.raft("n1").members.voters == ("n0", "n1", "n2", "n3")
     group.tick("n1")
     assert asked(group, msg.PreVote) == {"n0", "n2", "n3"}
     # Two grants and its own are three of four; one grant would be enough of three.
@@ -226,8 +226,8 @@ def test_a_change_that_cannot_be_read_is_refused() -> None:
 def test_a_follower_that_cannot_read_the_members_stops() -> None:
     group = led()
     raft = group.raft("n1")
-    entry = frame_entry(2, 1, raft.position_end, EntryType.CONFIG, 1, (b"garbage",), raft.last_crc, 1)
-    group["n1"].receive("n0", msg.Append(1, 1, 1, raft.last_crc, 1, 99, (entry,)))
+    entry = frame_entry(2, 1, raft.log.position_end, EntryType.CONFIG, 1, (b"garbage",), raft.log.last_crc, 1)
+    group["n1"].receive("n0", msg.Append(1, 1, 1, raft.log.last_crc, 1, 99, (entry,)))
     assert "CONFIG" in (raft.failed or "")
 
 
@@ -253,7 +253,7 @@ def test_no_change_that_leaves_too_few_alive() -> None:
     assert "too few are alive" in group["n0"].refusals[-1]
     group["n0"].change(Remove("n2"))
     group.settle()
-    assert group.raft("n0").voters == ("n0", "n1") and group.raft("n0").is_config_committed
+    assert group.raft("n0").members.voters == ("n0", "n1") and group.raft("n0").is_config_committed
 
 
 def test_no_change_that_relies_on_a_peer_that_is_silent() -> None:
@@ -319,11 +319,11 @@ def test_4_1_a_learner_that_has_missed_its_promotion_votes() -> None:
     group.cut |= {("n0", "n2"), ("n0", "n3")}
     group["n0"].change(Promote("n3"))
     group.settle()
-    assert not group.raft("n3").is_voter
+    assert not group.raft("n3").in_force.is_voter
     group.heal()
     group.isolate("n0")
     group.run(8.0)
-    assert group.leaders()[-1:] == ["n1"] and group.raft("n3").is_voter
+    assert group.leaders()[-1:] == ["n1"] and group.raft("n3").in_force.is_voter
 
 
 @pytest.mark.parametrize("obstacle", ["disconnected", "probing", "behind"])
@@ -351,7 +351,7 @@ def test_a_learner_less_than_a_mebibyte_behind_is_promoted() -> None:
     group.settle()
     group["n0"].change(Promote("n3"))
     group.settle()
-    assert group["n0"].refusals == [] and "n3" in group.raft("n0").voters
+    assert group["n0"].refusals == [] and "n3" in group.raft("n0").members.voters
 
 
 # Removal
@@ -360,11 +360,11 @@ def test_a_learner_less_than_a_mebibyte_behind_is_promoted() -> None:
 def test_4_2_2_a_leader_that_removes_itself_leads_until_that_is_committed() -> None:
     group = led(3)
     index = group["n0"].change(Remove("n0"))
-    assert group.raft("n0").role is Role.LEADER and not group.raft("n0").is_voter
+    assert group.raft("n0").role is Role.LEADER and not group.raft("n0").in_force.is_voter
     group.settle()
     assert group.raft("n0").role is Role.FOLLOWER and group.raft("n0").commit_index == index
     (leader,) = group.leaders()
-    assert group.raft(leader).voters == ("n1", "n2")
+    assert group.raft(leader).members.voters == ("n1", "n2")
     changed = [effect.reason for effect in group["n0"].done if isinstance(effect, fx.RoleChanged)]
     assert changed[-1] == "this node is no voter of the group any more"
     group.run(30.0)
@@ -395,7 +395,7 @@ def test_4_2_2_who_is_being_removed_by_an_open_entry_still_campaigns() -> None:
     group.cut |= {("n0", "n1"), ("n0", "n2")}
     group["n0"].change(Remove("n3"))
     group.settle()
-    assert not group.raft("n3").is_voter
+    assert not group.raft("n3").in_force.is_voter
     group.heal()
     group.isolate("n0")
     group.lose("n3", "n0", hard=True)
@@ -403,8 +403,8 @@ def test_4_2_2_who_is_being_removed_by_an_open_entry_still_campaigns() -> None:
     assert asked(group, msg.PreVote) == {"n0", "n1", "n2"}
     group.run(4.0)
     (leader,) = [name for name in group.leaders() if name != "n0"]
-    assert leader in ("n1", "n2") and group.raft(leader).voters == ("n0", "n1", "n2")
-    assert not group.raft("n3").is_voter
+    assert leader in ("n1", "n2") and group.raft(leader).members.voters == ("n0", "n1", "n2")
+    assert not group.raft("n3").in_force.is_voter
 
 
 def test_4_2_2_its_own_vote_does_not_count_then() -> None:
@@ -427,7 +427,7 @@ def test_a_removed_node_hears_of_it_and_is_then_left_alone() -> None:
     assert "n2" in group.raft("n0").progress, "it still has to hear of it"
     group.settle()
     assert "n2" not in group.raft("n0").progress
-    assert group.raft("n2").commit_index == index and not group.raft("n2").is_voter
+    assert group.raft("n2").commit_index == index and not group.raft("n2").in_force.is_voter
     group.isolate("n2")
     group.run(30.0)
     assert group.raft("n2").role is Role.FOLLOWER and group.raft("n2").term == 1
@@ -530,7 +530,7 @@ def test_a_node_that_asks_makes_room_for_voters_only() -> None:
 def test_a_vote_by_order_of_the_leader_counts_from_a_voter_we_do_not_know_yet() -> None:
     group = led()
     last = group.raft("n1")
-    group["n1"].receive("n3", msg.Vote(2, last.last_index, last.last_term, ticket=7))
+    group["n1"].receive("n3", msg.Vote(2, last.last_index, last.log.last_term, ticket=7))
     assert group.wire[-1] == ("n1", "n3", msg.VoteReply(2, True))
 
 
@@ -625,11 +625,11 @@ def test_a_group_grows_from_one_to_three_and_shrinks_to_the_other_two() -> None:
         group.settle()
         group["n0"].change(Promote(name))
         group.settle()
-    assert group.raft("n0").voters == ("n0", "n1", "n2")
+    assert group.raft("n0").members.voters == ("n0", "n1", "n2")
     group["n0"].change(Remove("n0"))
     group.settle()
     (leader,) = group.leaders()
-    assert leader != "n0" and group.raft(leader).voters == ("n1", "n2")
+    assert leader != "n0" and group.raft(leader).members.voters == ("n1", "n2")
     index = group[leader].propose()
     group.settle()
     assert group.raft(leader).commit_index == index > group.raft("n0").last_index

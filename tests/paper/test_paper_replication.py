@@ -259,7 +259,7 @@ def test_sync_flush_commits_by_durable_marks() -> None:
     index = group["n0"].propose()
     group.settle()
     assert group.raft("n0").commit_index == index - 1
-    assert group.raft("n1").written_index == index
+    assert group.raft("n1").log.written_index == index
     group["n1"].step(Durable(group.now, index, 1))
     group["n1"].end_turn()
     group.settle()
@@ -274,7 +274,7 @@ def test_async_flush_commits_by_written_marks() -> None:
     index = group["n0"].propose()
     group.settle()
     assert group.raft("n0").commit_index == index
-    assert group.raft("n0").durable_index < index
+    assert group.raft("n0").log.durable_index < index
 
 
 def test_a_mark_for_an_entry_that_was_cut_is_ignored() -> None:
@@ -282,11 +282,11 @@ def test_a_mark_for_an_entry_that_was_cut_is_ignored() -> None:
     group["n1"].writes = False
     group["n1"].receive("n0", append_of(make_log(1, 3), 2, term=3))
     member = group["n1"]
-    assert member.raft.last_index == 2 and member.raft.written_index == 1
+    assert member.raft.last_index == 2 and member.raft.log.written_index == 1
     member.step(Written(group.now, 2, 2))
-    assert member.raft.written_index == 1
+    assert member.raft.log.written_index == 1
     member.step(Written(group.now, 2, 3))
-    assert member.raft.written_index == 2
+    assert member.raft.log.written_index == 2
 
 
 def test_a_follower_does_not_commit_what_is_not_written() -> None:

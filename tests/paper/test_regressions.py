@@ -270,7 +270,7 @@ def test_scenario_20_commit_never_passes_the_end_after_a_cut() -> None:
     group["n1"].receive("n0", append_of(make_log(1, 1, 3), 3, 3, term=3, commit=2))
     raft = group.raft("n1")
     assert raft.commit_index == 2 <= raft.last_index == 3
-    assert raft.written_index == raft.durable_index == 3
+    assert raft.log.written_index == raft.log.durable_index == 3
 
 
 def test_scenario_20_a_commit_hint_above_the_recovered_log_is_bounded() -> None:
@@ -430,7 +430,7 @@ def test_a_mark_from_before_a_cut_does_not_make_new_entries_written() -> None:
     member.writes = False
     member.receive("n0", append_of(make_log(1, 3, 3, 3, 3), 2, 5, term=3))
     member.step(Written(group.now, 4, 2))
-    assert member.raft.written_index == 1
+    assert member.raft.log.written_index == 1
 
 
 def test_no_op_is_the_only_entry_of_an_idle_term() -> None:
@@ -595,7 +595,7 @@ def test_scenario_24_two_changes_around_a_change_of_leaders_raft_dev_2015() -> N
     group.settle()
     group.isolate("n0")
     group["n0"].change(Promote("n4"))
-    assert group.raft("n0").voters == ("n0", "n1", "n2", "n3", "n4")
+    assert group.raft("n0").members.voters == ("n0", "n1", "n2", "n3", "n4")
 
     # n1 is elected by n1, n2 and n3, and tries at once.
     group.take()
@@ -623,7 +623,7 @@ def test_scenario_24_two_changes_around_a_change_of_leaders_raft_dev_2015() -> N
     (leader,) = group.leaders()
     assert leader in ("n1", "n2", "n3")
     assert group[leader].log.head_crc_at(removal) == group["n1"].log.head_crc_at(removal)
-    assert group.raft(leader).voters == ("n1", "n2", "n3")
+    assert group.raft(leader).members.voters == ("n1", "n2", "n3")
     assert "n4" in group.raft(leader).members.learners
 
 
@@ -661,7 +661,7 @@ def test_scenario_24_a_leader_removes_itself_under_load_and_the_next_one_goes_on
         group["n0"].propose()
     group.settle()
     (leader,) = group.leaders()
-    assert leader != "n0" and group.raft(leader).voters == ("n1", "n2")
+    assert leader != "n0" and group.raft(leader).members.voters == ("n1", "n2")
     assert group.raft(leader).commit_index > removal
     now = group.now
     index = group[leader].propose()
@@ -674,7 +674,7 @@ def test_scenario_24_the_last_voter_cannot_remove_itself() -> None:
     group = Group(1)
     group.elect("n0")
     group["n0"].propose_members(Members([]))
-    assert group["n0"].refusals and group.raft("n0").voters == ("n0",)
+    assert group["n0"].refusals and group.raft("n0").members.voters == ("n0",)
 
 
 # 25

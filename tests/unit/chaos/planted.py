@@ -17,16 +17,28 @@ from chaos.sim.world import Build
 from dledger.core import effects as fx
 from dledger.core import messages as msg
 from dledger.core.log import MemoryLog
+from dledger.core.members_in_force import MembersInForce, config_entries
+from dledger.core.outbox import Outbox
 from dledger.core.quorum import majority
 from dledger.core.raft import Raft
+from dledger.core.raft_log import RaftLog
+from dledger.core.replication import Replication
 from dledger.core.types import Entry, HardState, Role
+
+
+class OutboxThatHoldsNothing(Outbox):
+    __slots__ = ()
+
+    def send(self, peer: str, message: msg.Message) -> None:
+        self.effects.append(fx.Send(peer, message))
 
 
 class MessagesNotHeld(Raft):
     """Votes leave before term and vote are saved."""
 
-    def _send(self, peer: str, message: msg.Message) -> None:
-        self._effects.append(fx.Send(peer, message))
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._outbox.__class__ = OutboxThatHoldsNothing
 
 
 class VoteForgotten(Raft):
@@ -67,21 +79,23 @@ class CommitBeforeQuorum(Raft):
     """The leader commits what it alone has written."""
 
     def _advance_leader_commit(self) -> None:
-        if 0 < self.noop_index <= self.written_index and self.written_index > self.commit_index:
-            self.commit_index = self.written_index
-            self._effects.append(fx.Commit(self.commit_index))
+        log = self.log
+        if 0 < self.noop_index <= log.written_index and log.written_index > log.commit_index:
+            log.commit_index = log.written_index
+            self._outbox.effects.append(fx.Commit(log.commit_index))
 
 
 class AcknowledgedBeforeWritten(Raft):
     """A follower reports what it has only received."""
 
     def _end_follower_turn(self) -> None:
-        marks = self.written_index, self.durable_index
-        self.written_index = self.durable_index = self.last_index
+        log = self.log
+        marks = log.written_index, log.durable_index
+        log.written_index = log.durable_index = log.last_index
         try:
             super()._end_follower_turn()
         finally:
-            self.written_index, self.durable_index = marks
+            log.written_index, log.durable_index = marks
 
 
 class LeaderCountsItselfAtTheCall(Raft):
@@ -90,7 +104,7 @@ class LeaderCountsItselfAtTheCall(Raft):
     def _propose(self, entries: Any) -> None:
         super()._propose(entries)
         if self.role is Role.LEADER:
-            self.written_index = self.durable_index = self.last_index
+            self.log.written_index = self.log.durable_index = self.log.last_index
             self._advance_leader_commit()
 
 
@@ -98,25 +112,42 @@ class EveryAppendCuts(Raft):
     """Whatever stands behind the predecessor is cut, conflict or not (PySyncObj)."""
 
     def _take(self, entries: Any) -> None:
-        if entries[0].index <= self.last_index:
-            kept, self.commit_index = self.commit_index, 0
+        log = self.log
+        if entries[0].index <= log.last_index:
+            kept, log.commit_index = log.commit_index, 0
             self._cut(entries[0].index)
-            self.commit_index = min(kept, self.last_index)
-        self._append(entries)
+            log.commit_index = min(kept, log.last_index)
+        self._append(entries, config_entries(entries))
+
+
+class LogThatHintsTooHigh(RaftLog):
+    __slots__ = ()
+
+    def last_not_above(self, index: int, term: int) -> tuple[int, int]:
+        return min(index, self.last_index), term
 
 
 class HintTooHigh(Raft):
     """A rejection names an entry that cannot agree."""
 
-    def _last_not_above(self, index: int, term: int) -> tuple[int, int]:
-        return min(index, self.last_index), term
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.log.__class__ = LogThatHintsTooHigh
+
+
+class ReplicationThatNeverStepsBack(Replication):
+    __slots__ = ()
+
+    def step_back(self, progress: Any, message: msg.AppendReply) -> None:
+        return
 
 
 class RejectionIgnored(Raft):
     """The leader never steps back."""
 
-    def _step_back(self, progress: Any, message: msg.AppendReply) -> None:
-        return
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._replication.__class__ = ReplicationThatNeverStepsBack
 
 
 class OldSequenceAnswered(Raft):
@@ -124,7 +155,7 @@ class OldSequenceAnswered(Raft):
 
     def _receive_append(self, now: float, peer: str, message: msg.Append) -> None:
         if message.term < self.term:
-            self._send(peer, msg.AppendReply(self.term, message.seq, False, 0, 0))
+            self._outbox.send(peer, msg.AppendReply(self.term, message.seq, False, 0, 0))
         else:
             super()._receive_append(now, peer, message)
 
@@ -133,11 +164,11 @@ class DurableBeforeSync(Raft):
     """A follower reports as durable what is only in its page cache (nats-server#7564)."""
 
     def _end_follower_turn(self) -> None:
-        mark, self.durable_index = self.durable_index, self.written_index
+        mark, self.log.durable_index = self.log.durable_index, self.log.written_index
         try:
             super()._end_follower_turn()
         finally:
-            self.durable_index = mark
+            self.log.durable_index = mark
 
 
 class StaleReadServed(Raft):
@@ -145,7 +176,7 @@ class StaleReadServed(Raft):
 
     def _read_index(self, token: int) -> None:
         if self.role is Role.LEADER:
-            self._effects.append(fx.ReadReady(token, self.commit_index))
+            self._outbox.effects.append(fx.ReadReady(token, self.commit_index))
         else:
             super()._read_index(token)
 
@@ -161,11 +192,19 @@ class ReadBeforeNoop(Raft):
             self.noop_index = kept
 
 
+class MembersThatRefuseNothing(MembersInForce):
+    __slots__ = ()
+
+    def refusal(self, *args: Any, **kwargs: Any) -> str | None:
+        return None
+
+
 class ChangesNotRefused(Raft):
     """Changes of members are taken at any time, any number at once (raft-dev 2015)."""
 
-    def _refuse_members(self, configs: Any) -> str | None:
-        return None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.in_force.__class__ = MembersThatRefuseNothing
 
 
 class LearnerCounted(Raft):
@@ -173,22 +212,31 @@ class LearnerCounted(Raft):
 
     def _advance_leader_commit(self) -> None:
         sync = self.config.sync
+        log = self.log
         marks = [progress.durable if sync else progress.written for progress in self.progress.values()]
-        marks.append(self.durable_index if sync else self.written_index)
-        mark = sorted(marks, reverse=True)[majority(len(self.voters)) - 1]
-        commit = min(mark, self.written_index)
-        if commit > self.commit_index and 0 < self.noop_index <= commit:
-            self.commit_index = commit
-            self._effects.append(fx.Commit(commit))
+        marks.append(log.durable_index if sync else log.written_index)
+        mark = sorted(marks, reverse=True)[majority(len(self.members.voters)) - 1]
+        commit = min(mark, log.written_index)
+        if commit > log.commit_index and 0 < self.noop_index <= commit:
+            log.commit_index = commit
+            self._outbox.effects.append(fx.Commit(commit))
+
+
+class OutboxThatHidesRecovering(Outbox):
+    __slots__ = ()
+
+    def send(self, peer: str, message: msg.Message) -> None:
+        if isinstance(message, msg.PreVoteReply | msg.VoteReply):
+            message = msgspec.structs.replace(message, recovering=False)
+        super().send(peer, message)
 
 
 class RecoveringVoteCounts(Raft):
     """A voter that may have forgotten what it acknowledged counts like any other (nats-server#7567)."""
 
-    def _send(self, peer: str, message: msg.Message) -> None:
-        if isinstance(message, msg.PreVoteReply | msg.VoteReply):
-            message = msgspec.structs.replace(message, recovering=False)
-        super()._send(peer, message)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._outbox.__class__ = OutboxThatHidesRecovering
 
 
 class VoteNotSynced(SimDisk):
