@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from dledger.core import effects as fx
 from dledger.core.config import RaftConfig
 from dledger.core.errors import LocalError
-from dledger.core.events import ReadIndex, Tick, Transfer
+from dledger.core.events import Durable, ReadIndex, Tick, Transfer
 from dledger.core.membership import AddLearner, Change, Promote, Remove
 from dledger.core.types import Role
 from tests.paper.harness import Group, Member
@@ -110,6 +110,10 @@ class Play:
         member.saves = member.writes = member.syncs = True
         member.complete_saves()
         member.complete_writes()
+        written = member.raft.log.written_index
+        term = member.log.term_at(written)
+        if member.raft.log.durable_index < written and term is not None:
+            member.step(Durable(self.group.now, written, term))
         member.end_turn()
 
     def stall(self, choice: int) -> None:
