@@ -10,8 +10,10 @@ from typing import Any, Protocol
 
 from attrs import frozen
 
+from chaos.sim.plan import RunPlan
 from chaos.sim.result import SeedResult
 from chaos.sim.scenario import Scenario
+from chaos.sim.schedule import draw_schedule
 
 ENGINES = ("core", "full")
 
@@ -28,8 +30,7 @@ class Engine:
     """How one engine is used."""
 
     name: str
-    draw: Callable[[int], Scenario]
-    """The scenario that a seed stands for."""
+    draw_plan: Callable[[int], RunPlan]
     play: Play
     totals: tuple[str, ...]
     """The counts that add up over seeds."""
@@ -40,6 +41,11 @@ class Engine:
     shrink_seconds: float
     check: Callable[[], None]
     """Raises NotDeterministic where this machine cannot repeat a run."""
+
+    def draw(self, seed: int) -> Scenario:
+        """The scenario that a seed stands for."""
+        plan = self.draw_plan(seed)
+        return Scenario(plan, draw_schedule(plan))
 
 
 class NotDeterministic(Exception):

@@ -110,11 +110,6 @@ def run_scenario(
     )
 
 
-def _draw(seed: int) -> Scenario:
-    plan = draw_plan(seed)
-    return Scenario(plan, draw_schedule(plan))
-
-
 def _play(scenario: Scenario, *, keep_trace: bool = False, until: float | None = None) -> SeedResult:
     assert isinstance(scenario.plan, Plan)
     return run_scenario(scenario.plan, scenario.faults, keep_trace=keep_trace, until=until)
@@ -122,7 +117,7 @@ def _play(scenario: Scenario, *, keep_trace: bool = False, until: float | None =
 
 CORE = Engine(
     name="core",
-    draw=_draw,
+    draw_plan=draw_plan,
     play=_play,
     totals=TOTALS,
     states=REACHED,

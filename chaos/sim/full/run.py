@@ -111,11 +111,6 @@ def run_scenario(
     )
 
 
-def _draw(seed: int) -> Scenario:
-    plan = draw_plan(seed)
-    return Scenario(plan, draw_schedule(plan))
-
-
 def _play(scenario: Scenario, *, keep_trace: bool = False, until: float | None = None) -> SeedResult:
     assert isinstance(scenario.plan, FullPlan)
     return run_scenario(scenario.plan, scenario.faults, keep_trace=keep_trace, until=until)
@@ -123,7 +118,7 @@ def _play(scenario: Scenario, *, keep_trace: bool = False, until: float | None =
 
 FULL = Engine(
     name="full",
-    draw=_draw,
+    draw_plan=draw_plan,
     play=_play,
     totals=TOTALS,
     simpler=SIMPLER,

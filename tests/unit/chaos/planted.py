@@ -13,6 +13,7 @@ from chaos.sim.node import SimNode
 from chaos.sim.plan import draw_plan
 from chaos.sim.run import run_scenario
 from chaos.sim.schedule import draw_schedule
+from chaos.sim.store_disk import StoreDisk
 from chaos.sim.world import Build
 from dledger.core import effects as fx
 from dledger.core import messages as msg
@@ -278,6 +279,14 @@ class CutBelowEvidence(SimDisk):
         return 0
 
 
+class EvidenceLostOnTheWay(StoreDisk):
+    """The store's own recovery is told neither the durable mark nor anything by side rows."""
+
+    def judge(self) -> tuple[list[Gap], int, bool]:
+        self.mark = self.rows = 0
+        return super().judge()
+
+
 class PageCacheTrusted(SimDisk):
     """After a failed sync the next start reads from pages that the platter does not hold."""
 
@@ -387,6 +396,7 @@ PLANTED: dict[Bug, int] = {
     VoteNotSynced: 0,
     SecondSyncTrusted: 0,
     CutBelowEvidence: 0,
+    EvidenceLostOnTheWay: 0,
     PageCacheTrusted: 0,
     RecoveringForgotten: 20,
     BlankVotes: 1,

@@ -13,6 +13,7 @@ from attrs import evolve
 from click.testing import CliRunner
 
 from broker.state import BrokerState
+from chaos import commands
 from chaos.commands import chaos_group
 from chaos.sim.full import clock, cluster, groups
 from chaos.sim.full.clock import probe_scheduler
@@ -154,7 +155,7 @@ def test_a_failing_run_is_shrunk_to_a_file_that_replays(tmp_path: Path, monkeypa
         self._judge.told(operation, "acknowledged")
 
     monkeypatch.setattr(groups.SmallMachine, "put", hasty)
-    monkeypatch.setattr("chaos.sim.full.run.draw_plan", lambda seed: short(seed))
+    monkeypatch.setattr(commands, "_engine", lambda name: evolve(FULL, draw_plan=short))
     runner = CliRunner()
     path = tmp_path / "3.toml"
     shrunk = runner.invoke(chaos_group, ["shrink", "--full", "3", "--out", str(path)])
@@ -184,7 +185,8 @@ def test_a_run_can_be_stopped_and_looked_at() -> None:
 
 
 def test_the_verbs_play_and_repeat_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chaos.sim.full.run.draw_plan", lambda seed: short(seed, fault_seconds=2.0))
+    engine = evolve(FULL, draw_plan=lambda seed: short(seed, fault_seconds=2.0))
+    monkeypatch.setattr(commands, "_engine", lambda name: engine)
     runner = CliRunner()
     played = runner.invoke(chaos_group, ["sim", "--full", "--start", "3", "--seeds", "1", "--json"])
     assert played.exit_code == 0, played.output

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import attrs
 import pytest
 
 from chaos.sim.disk import Gap, SimDisk, Unreadable
 from chaos.sim.plan import Plan, draw_plan
-from chaos.sim.world import World
-from dledger.core.types import Entry, EntryType, HardState, frame_entry
+from chaos.sim.properties import PropertyBroken
+from chaos.sim.store_disk import StoreDisk
+from chaos.sim.world import Build, World
+from dledger.core.types import HEADER_BYTES, Entry, EntryType, HardState, frame_entry, next_position
+from dledger.errors import LogDamaged
+
+SEGMENT_BYTES = 4096
 
 
 def quiet_plan(seed: int = 1, **changes: object) -> Plan:
     """A plan on which nothing happens by itself."""
-    calm = {"nodes": 3, "spares": 0, "sync": True, "threaded_writes": False, "segment_bytes": 4096, "drift": 0.0}
+    calm = {
+        "real_store": False,
+        "nodes": 3,
+        "spares": 0,
+        "sync": True,
+        "threaded_writes": False,
+        "segment_bytes": SEGMENT_BYTES,
+        "drift": 0.0,
+    }
     return attrs.evolve(draw_plan(seed), **{**calm, **changes})
 
 
-def disk_with(entries: int, *, durable: int | None = None, plan: Plan | None = None) -> SimDisk:
+def disk_with(
+    entries: int, *, durable: int | None = None, plan: Plan | None = None, kind: type[SimDisk] = SimDisk
+) -> SimDisk:
     """The disk of n0 with so many entries of about 600 bytes written, `durable` of them synced."""
-    world = World(plan or quiet_plan(), ())
+    world = World(plan or quiet_plan(), (), Build(disk=kind))
     disk = world.nodes["n0"].disk
     for _ in range(entries):
         disk.log.append((next_entry(disk),))
@@ -32,7 +49,8 @@ def next_entry(disk: SimDisk, term: int = 1) -> Entry:
     log = disk.log
     crc = log.head_crc_at(log.last_index)
     assert crc is not None
-    return frame_entry(log.last_index + 1, term, log.position_end, EntryType.DATA, 1, (bytes(536),), crc, 0)
+    position = next_position(log.position_end, HEADER_BYTES + 536, SEGMENT_BYTES)
+    return frame_entry(log.last_index + 1, term, position, EntryType.DATA, 1, (bytes(536),), crc, 0)
 
 
 def test_a_killed_process_keeps_what_was_written_and_no_more() -> None:
@@ -182,3 +200,64 @@ def test_with_asynchronous_flush_only_a_minority_loses_power_at_a_time() -> None
     b.disk.recovering = True
     assert not world.nemesis._may_lose_power(a)
     assert world_of(3).nemesis._may_lose_power(a)
+
+
+# The store's own recovery in the place of the model's
+
+
+def both_judge(prepare: Callable[[SimDisk], None], *, seed: int = 1, **sizes: int) -> tuple[list[Gap], int, bool]:
+    """What a start finds, by the model and by the store: it must be the same."""
+    verdicts = []
+    for kind in (SimDisk, StoreDisk):
+        disk = disk_with(30, plan=quiet_plan(seed), kind=kind, **sizes)
+        prepare(disk)
+        verdicts.append(disk.judge())
+    assert verdicts[0] == verdicts[1]
+    return verdicts[1]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_after_a_power_loss_the_store_finds_what_the_model_finds(seed: int) -> None:
+    def power_loss(disk: SimDisk) -> None:
+        disk.process_ended()
+        disk.lose_power()
+
+    gaps, end, is_open = both_judge(power_loss, seed=seed, durable=17)
+    assert not gaps and end >= 17 and not is_open
+
+
+@pytest.mark.parametrize("damaged", [[27], [25, 26], [24, 27], [30], [29, 30]], ids=str)
+def test_of_damaged_entries_the_store_finds_what_the_model_finds(damaged: list[int]) -> None:
+    gaps, end, is_open = both_judge(lambda disk: disk.damage(damaged))
+    assert is_open == (30 in damaged)
+    assert sum(gap.last - gap.first + 1 for gap in gaps) + (30 - end) == len(damaged)
+
+
+def test_the_store_too_looks_at_closed_segments_only_when_they_are_suspect() -> None:
+    assert both_judge(lambda disk: disk.damage([2])) == ([], 30, False)
+
+    def suspected(disk: SimDisk) -> None:
+        disk.damage([2])
+        disk.is_suspect = True
+
+    gaps, end, is_open = both_judge(suspected)
+    assert [(gap.first, gap.last) for gap in gaps] == [(2, 2)] and (end, is_open) == (30, False)
+
+
+def test_the_store_begins_behind_a_trimmed_head() -> None:
+    def trimmed(disk: SimDisk) -> None:
+        disk.log.trim(disk.segment_of(1).stop - 1)
+        disk.damage([28])
+        disk.is_suspect = True
+
+    gaps, _, _ = both_judge(trimmed)
+    assert [(gap.first, gap.last) for gap in gaps] == [(28, 28)]
+
+
+def test_a_log_that_the_store_refuses_breaks_a_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object, **__: object) -> None:
+        raise LogDamaged("a frame of version 9")
+
+    monkeypatch.setattr("chaos.sim.store_disk.recover_log", refuses)
+    with pytest.raises(PropertyBroken, match="recovery refuses: n0 has a frame of version 9"):
+        disk_with(3, kind=StoreDisk).recover()
