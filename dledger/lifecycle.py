@@ -318,6 +318,7 @@ class LifeCycle:
             self._log,
             first_index=log.store.first_index,
             last_written=self._last_written,
+            own=log.store,
         )
         listener = await self._listen()
         reason = ""

@@ -12,6 +12,8 @@ mend each other.
   make a majority until a leader has confirmed its log (docs/decisions/0010).
 * Damage at the end of which no more is known: what was there cannot be proven. Once a peer is known to have as much,
   the end is cut, the node is marked recovering, and ordinary replication brings the entries back.
+* Damage beside an older copy of a segment: no peer has the entry before it. The range is widened to begin behind the
+  last entry in common, and to end where a later range does (`dledger.divergence`).
 * Entries that so many voters definitely never had that no quorum can have them were never committed: cut, as above.
 * Trimmed by the peers meanwhile: whole segments and a checkpoint take the log's place (`dledger.install`).
 * Else nobody can supply them now. The node goes on asking, and says so once a minute; it never skips an entry. Only an
@@ -29,10 +31,12 @@ from attrs import define, evolve, field
 
 from dledger.core.quorum import majority
 from dledger.core.types import BadFrame, Entry, next_position, parse_entry
+from dledger.divergence import widened
 from dledger.errors import LedgerError, LogDamaged
 from dledger.fetch import FetchClient
 from dledger.store.checkpoint import read_checkpoint
 from dledger.store.faults import FaultyRange
+from dledger.store.log_store import LogStore
 from dledger.store.meta import MetaFile
 from dledger.store.repair import drop_open_fault, row_of_last, write_repair
 from dledger.store.rows import DISK_FULL
@@ -62,6 +66,8 @@ class _Found:
     """Who gave the entries: proven to be those that were here."""
     has_as_much: str | None = None
     """Who has other entries, or unproven ones, as far as an open end is known to have reached."""
+    differing: list[str] = field(factory=list)
+    """Peers that do not have these entries, be it for certain or not."""
     absent: dict[str, str] = field(factory=dict)
     """Peers that never had these entries, and how they said so."""
     gone: set[str] = field(factory=set)
@@ -85,10 +91,12 @@ class RepairPhase:
         *,
         first_index: int = 1,
         last_written: LastEntry | None = None,
+        own: LogStore | None = None,
     ) -> None:
         """`voters`: the members that count; empty where they are not known, and nothing is then given up as never
         committed. `first_index`: of the log. `last_written`: where a run of this process has met the damage, the last
-        entry that it had written, and so the last one that this node can have acknowledged."""
+        entry that it had written, and so the last one that this node can have acknowledged. `own`: this node's log,
+        as far as it is intact."""
         self._env = env
         self._folder = folder
         self._segment_bytes = segment_bytes
@@ -100,6 +108,7 @@ class RepairPhase:
         self._log = log
         self._first_index = first_index
         self._last_written = last_written
+        self._own = own
         self._ends: dict[int, FaultyRange] = {}
         """Open ends whose last entry is known, by their first index: as ranges with that end."""
         self._obstacles: dict[int, str] = {}
@@ -172,10 +181,14 @@ class RepairPhase:
         for fault in list(self._pending):
             found = await self._ask_everybody(fault)
             if found.supplier is not None:
-                if await self._write(self._ends.get(fault.first_index, fault), found):
+                known = self._ends.get(fault.first_index, fault)
+                if await self._write(known, found, was_open=fault.is_open):
                     self._pending.remove(fault)
                     continue
+            elif await self._write_wider(fault, found):
+                return Mended.REOPEN
             elif found.has_as_much is not None or self._was_never_committed(found):
+                fault = await self._from_divergence(fault, found)
                 await self._cut(fault, found, "damaged end of the log cut; a leader has to confirm the rest")
                 return Mended.REOPEN
             is_trimmed = is_trimmed or bool(found.gone)
@@ -205,6 +218,8 @@ class RepairPhase:
                     found.has_as_much = peer
                     continue
                 status, reason = FetchStatus.ABSENT, "has other entries there"
+            if status in (FetchStatus.ABSENT, FetchStatus.UNSURE):
+                found.differing.append(peer)
             if status is FetchStatus.ABSENT:
                 found.absent[peer] = reason
             elif status is FetchStatus.GONE:
@@ -244,9 +259,37 @@ class RepairPhase:
             self.waits_for = f"{fault}: {len(entries)} of {last + 1 - fault.first_index} entries have come from {peer}"
         return entries, FetchStatus.OK, ""
 
-    async def _write(self, fault: FaultyRange, found: _Found) -> bool:
-        """Put a peer's entries in place of a range; False where that fails, and may succeed later."""
-        was_open = fault.first_index in self._ends
+    async def _write_wider(self, fault: FaultyRange, found: _Found) -> bool:
+        """Put a peer's entries in place of a range and of what, intact as it is, is not the group's around it."""
+        own = self._own
+        if own is None:
+            return False
+        later = [each for each in self._pending if each.first_index >= fault.first_index]
+        for peer in found.differing:
+            start = await widened(self._client, peer, own, fault) or fault
+            for each in later:
+                known = self._ends.get(each.first_index, each)
+                wide = evolve(start, last_index=known.last_index, end=known.end, next_crc=known.next_crc)
+                if known.is_open or wide == known:
+                    continue  # leads nowhere, or has been asked for
+                entries, status, _ = await self._fetch(peer, wide)
+                if status is not FetchStatus.OK:
+                    break
+                if entries[-1].head_crc == wide.next_crc:
+                    return await self._write(wide, _Found(entries, peer), was_open=each.is_open)
+        return False
+
+    async def _from_divergence(self, fault: FaultyRange, found: _Found) -> FaultyRange:
+        """What is to be cut where so many do not have the entry before a range, either, that it was never committed."""
+        own = self._own
+        if own is None or found.has_as_much is not None:
+            return fault
+        wide = [await widened(self._client, peer, own, fault) or fault for peer in found.absent]
+        return max(wide, key=lambda each: each.first_index)
+
+    async def _write(self, fault: FaultyRange, found: _Found, *, was_open: bool) -> bool:
+        """Put a peer's entries in place of a range; False where that fails, and may succeed later. `was_open`: of its
+        end no more is known than its last entry."""
         if was_open and not self._ends_with_what_was_acknowledged(fault):
             # First, and on stable storage: what this node acknowledged behind these entries, it has forgotten.
             await self._meta.save_recovering(True)
