@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import trio
 
-from cli.exits import CLUSTER_ANSWERED_ERROR, GAVE_UP_WAITING, NOBODY_REACHED, Failure
+from cli.exits import CLUSTER_ANSWERED_ERROR, GAVE_UP_WAITING, NOBODY_REACHED, USAGE, Failure
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ def as_failure(error: BaseException) -> Failure | None:
         return error
     from cluster.layout import ClusterError
     from cluster.supervisor import NotReadyInTime
-    from quorate.errors import NoRoute, NoTopic, QuorateError, RequestRefused, SendFailed, Unavailable
+    from quorate.errors import InvalidArgument, NoRoute, NoTopic, QuorateError, RequestRefused, SendFailed, Unavailable
 
     text = str(error)
     match error:
@@ -54,6 +54,8 @@ def as_failure(error: BaseException) -> Failure | None:
             return Failure(text, CLUSTER_ANSWERED_ERROR)
         case RequestRefused():
             return Failure(f"the cluster answered {text}", CLUSTER_ANSWERED_ERROR, code=int(error.code))
+        case InvalidArgument():
+            return Failure(text, USAGE)
         case NoTopic():
             return Failure(text, CLUSTER_ANSWERED_ERROR)
         case NoRoute() | Unavailable():

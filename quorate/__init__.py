@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from quorate.client import Client, connect
     from quorate.consumer import Inbox, ReceivedMessage
     from quorate.errors import (
+        InvalidArgument,
         NoRoute,
         NoTopic,
         PullFailed,
@@ -43,6 +44,7 @@ _HOME = {
     "Admin": "quorate.admin",
     "Client": "quorate.client",
     "Inbox": "quorate.consumer",
+    "InvalidArgument": "quorate.errors",
     "Message": "remoting.message",
     "MessageExt": "remoting.message",
     "MessageQueue": "remoting.message",
@@ -66,6 +68,7 @@ __all__ = [
     "Admin",
     "Client",
     "Inbox",
+    "InvalidArgument",
     "Message",
     "MessageExt",
     "MessageQueue",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import trio
 
 from quorate.attempts import Attempts
-from quorate.errors import NoRoute, RequestRefused, Unavailable
+from quorate.errors import InvalidArgument, NoRoute, RequestRefused, Unavailable
 from quorate.producer import NEXT_AFTER_S, Producer, SendReceipt
 from quorate.route_cache import RouteCache
 from remoting.bodies import ConsumerData, HeartbeatData, ProducerData, decode_reset_offset, encode_body
@@ -122,8 +122,8 @@ class Client:
         queue. Retries keep the message's UNIQ_KEY, so within one broker group a retry is not stored twice.
 
         Raises SendRefused (refused for good), SendFailed (no acknowledgement in time; its `maybe_stored` says whether
-        it may be stored all the same), ValueError for what no broker would take. Checkpoint. A cancelled send may or
-        may not be stored.
+        it may be stored all the same), InvalidArgument for what no broker would take. Checkpoint. A cancelled send may
+        or may not be stored.
         """
         message = self.producer.message(topic, body, tag, key, keys, properties, delay_level, flag)
         return await self.producer.send(message, queue=queue, selector=selector, timeout=timeout)
@@ -185,12 +185,13 @@ class Client:
         `max_reconsume_times` overrides the group's setting before the dead-letter queue; `rebalance_interval` is in
         seconds. On leaving, offsets are stored and the group is left.
 
-        Raises ValueError for a filter without a tag, or a second inbox of the same group in one client. Checkpoint.
+        Raises InvalidArgument for a filter without a tag, or a second inbox of the same group in one client.
+        Checkpoint.
         """
         from quorate.consumer import Inbox
 
         if group in self.inboxes:
-            raise ValueError(f"this client has joined group {group} already")
+            raise InvalidArgument(f"this client has joined group {group} already")
         if self._nursery is None:
             raise RuntimeError("the client is closed")
         filters = {topic: filter} if isinstance(topic, str) else dict(topic)
@@ -481,7 +482,7 @@ async def connect(
 ) -> AsyncIterator[Client]:
     """A client for the length of a block. `namesrv` are name servers, "host:port", several also joined with ";".
 
-    Nothing is dialled before it is needed. Raises ValueError where an address is none. Checkpoint.
+    Nothing is dialled before it is needed. Raises InvalidArgument where an address is none. Checkpoint.
     """
     from remoting.pool import parse_address
     from runtime.logs import get_logger
@@ -489,9 +490,12 @@ async def connect(
     given = namesrv.replace(",", ";").split(";") if isinstance(namesrv, str) else list(namesrv)
     addresses = [address.strip() for address in given if address.strip()]
     if not addresses:
-        raise ValueError("at least one name server is needed")
+        raise InvalidArgument("at least one name server is needed")
     for address in addresses:
-        parse_address(address)
+        try:
+            parse_address(address)
+        except ValueError as error:
+            raise InvalidArgument(f"name server: {error}") from error
     if env is None:
         from runtime.real import real_env
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Literal
 import trio
 
 from quorate.attempts import LedElsewhere
-from quorate.errors import NoRoute, PullFailed, QuorateError, RequestRefused, Unavailable
+from quorate.errors import InvalidArgument, NoRoute, PullFailed, QuorateError, RequestRefused, Unavailable
 from quorate.process_queue import ProcessQueue
-from quorate.pull import max_offset, pull_from, query_offset, search_offset, update_offset
+from quorate.pull import max_offset, pull_from, query_offset, search_offset, subscription_of, update_offset
 from quorate.rebalance import Strategy, average
 from quorate.route_cache import TopicRoute
 from remoting.bodies import (
@@ -31,7 +31,6 @@ from remoting.bodies import (
     SubscriptionData,
     decode_body,
     encode_body,
-    tag_subscription,
 )
 from remoting.codes import MASTER_ID, RETRY_TOPIC_PREFIX, RequestCode, ResponseCode
 from remoting.errors import BodyError, ConnectFailed, ConnectionLost, RequestTimeout
@@ -166,9 +165,9 @@ class Inbox:
         strategy: Strategy = average,
     ) -> None:
         if not filters:
-            raise ValueError("a consumer needs a topic")
+            raise InvalidArgument("a consumer needs a topic")
         if not 1 <= batch_size <= 1024:
-            raise ValueError("batch_size is 1 to 1024")
+            raise InvalidArgument("batch_size is 1 to 1024")
         self._client = client
         self._clock = client.env.clock
         self.group = group
@@ -181,9 +180,9 @@ class Inbox:
         self._retry_topic = RETRY_TOPIC_PREFIX + group
         version = self._clock.wall_ms()
         self._started_ms = version
-        self._subscriptions = {topic: tag_subscription(topic, text, version) for topic, text in filters.items()}
+        self._subscriptions = {topic: subscription_of(topic, text, version) for topic, text in filters.items()}
         if consume_retries:
-            self._subscriptions.setdefault(self._retry_topic, tag_subscription(self._retry_topic, "*", version))
+            self._subscriptions.setdefault(self._retry_topic, subscription_of(self._retry_topic, "*", version))
         self._assignments: dict[MessageQueue, _Assignment] = {}
         self._ready: deque[_Assignment] = deque()
         self._receivers = trio.lowlevel.ParkingLot()

@@ -9,6 +9,10 @@ class QuorateError(Exception):
     """Base of everything the client raises on purpose."""
 
 
+class InvalidArgument(QuorateError, ValueError):
+    """What no broker would take as it is meant, an address that is none: said before anybody is asked."""
+
+
 class NoRoute(QuorateError):
     """No name server knows a broker for the topic (or none could be asked)."""
 

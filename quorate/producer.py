@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import trio
 from attrs import frozen
 
-from quorate.errors import NoRoute, RequestRefused, SendFailed, SendRefused
+from quorate.errors import InvalidArgument, NoRoute, RequestRefused, SendFailed, SendRefused
 from quorate.route_cache import TEMPLATE_QUEUES, TopicRoute
 from remoting.codes import (
     RETRY_ON_ANOTHER_BROKER,
@@ -113,25 +113,25 @@ class Producer:
         delay_level: int,
         flag: int,
     ) -> Message:
-        """A message from the arguments of `Client.send`. Raises ValueError for what cannot be stored as meant."""
+        """A message from the arguments of `Client.send`. Raises InvalidArgument for what cannot be stored as meant."""
         if not topic:
-            raise ValueError("a message needs a topic")
+            raise InvalidArgument("a message needs a topic")
         found: dict[str, str] = {}
         for name, value in (properties or {}).items():
             if name in RESERVED_PROPERTIES:
-                raise ValueError(f"property {name} belongs to the protocol")
+                raise InvalidArgument(f"property {name} belongs to the protocol")
             found[name] = value
         all_keys = [*([key] if key else []), *keys]
         if any(not part or " " in part for part in all_keys):
-            raise ValueError("a key is text without blanks")
+            raise InvalidArgument("a key is text without blanks")
         if all_keys:
             found[PROPERTY_KEYS] = " ".join(all_keys)
         if tag:
             if "|" in tag or tag != tag.strip():
-                raise ValueError(f"{tag!r} is no tag: bars and outer blanks belong to filters")
+                raise InvalidArgument(f"{tag!r} is no tag: bars and outer blanks belong to filters")
             found[PROPERTY_TAGS] = tag
         if delay_level < 0:
-            raise ValueError("a delay level is 1 to 18, or 0 for none")
+            raise InvalidArgument("a delay level is 1 to 18, or 0 for none")
         if delay_level:
             found[PROPERTY_DELAY] = str(delay_level)
         _check_properties(found)
@@ -153,12 +153,12 @@ class Producer:
     ) -> SendReceipt:
         """See `Client.send_batch`."""
         if not messages:
-            raise ValueError("an empty batch")
+            raise InvalidArgument("an empty batch")
         for message in messages:
             if message.topic and message.topic != topic:
-                raise ValueError(f"a batch has one topic: {topic}, not {message.topic}")
+                raise InvalidArgument(f"a batch has one topic: {topic}, not {message.topic}")
             if message.properties.get(PROPERTY_DELAY):
-                raise ValueError("a batch cannot be delayed")
+                raise InvalidArgument("a batch cannot be delayed")
             _check_properties(message.properties)
         container = Message(topic=topic, body=b"", properties={})
         return await self._send_until(container, messages, queue, None, timeout)
@@ -251,7 +251,7 @@ class Producer:
                         await tries.ask(target.broker_name, address, request, remaining)
                         said = await tries.answer(min(remaining, max(NEXT_AFTER_S, timeout / 3)))
                 except RemoteProtocolError as error:
-                    raise ValueError(f"message cannot be sent: {error}") from error
+                    raise InvalidArgument(f"message cannot be sent: {error}") from error
                 except (ConnectFailed, ConnectionLost, RequestTimeout) as error:
                     problems.append(str(error))
                     said = None
@@ -355,13 +355,13 @@ def _check_properties(properties: Mapping[str, str]) -> None:
     size = 0
     for name, value in properties.items():
         if not isinstance(value, str):
-            raise ValueError(f"property {name} must be text")
+            raise InvalidArgument(f"property {name} must be text")
         for separator in (NAME_VALUE_SEPARATOR, PROPERTY_SEPARATOR):
             if separator in name or separator in value:
-                raise ValueError(f"property {name!r} holds a character that separates properties")
+                raise InvalidArgument(f"property {name!r} holds a character that separates properties")
         size += len(name.encode()) + len(value.encode()) + 2
     if size > PROPERTIES_LIMIT_BYTES - 128:
-        raise ValueError(f"properties of {size} bytes are over the limit of {PROPERTIES_LIMIT_BYTES}")
+        raise InvalidArgument(f"properties of {size} bytes are over the limit of {PROPERTIES_LIMIT_BYTES}")
 
 
 def _receipt(

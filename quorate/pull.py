@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from attrs import frozen
 
-from quorate.errors import NoRoute, PullFailed, RequestRefused, Unavailable
+from quorate.errors import InvalidArgument, NoRoute, PullFailed, RequestRefused, Unavailable
 from remoting.bodies import SubscriptionData, tag_subscription
 from remoting.codes import PULL_COMMIT_OFFSET, PULL_SUBSCRIPTION, PULL_SUSPEND, RequestCode, ResponseCode
 from remoting.errors import BodyError, ConnectFailed, ConnectionLost, RequestTimeout
@@ -39,6 +39,14 @@ class PullResult:
     min_offset: int
     max_offset: int
     suggested_broker_id: int = 0
+
+
+def subscription_of(topic: str, expression: str, version: int) -> SubscriptionData:
+    """A filter such as "new || paid" as brokers take it. Raises InvalidArgument where there is no tag in it."""
+    try:
+        return tag_subscription(topic, expression, version)
+    except ValueError as error:
+        raise InvalidArgument(str(error)) from error
 
 
 async def pull_from(
@@ -148,11 +156,11 @@ class PullConsumer:
         """Messages of a queue from `offset` on; waits up to `suspend` seconds for one to arrive.
 
         On a lost connection or a change of leader it asks again, for up to `timeout` seconds beyond `suspend`.
-        Raises NoRoute, RequestRefused, Unavailable, PullFailed, ValueError (filter without a tag). Checkpoint;
+        Raises NoRoute, RequestRefused, Unavailable, PullFailed, InvalidArgument (filter without a tag). Checkpoint;
         cancel-safe.
         """
         client, clock = self._client, self._client.env.clock
-        subscription = tag_subscription(queue.topic, filter, clock.wall_ms())
+        subscription = subscription_of(queue.topic, filter, clock.wall_ms())
         await client.routes.get(queue.topic)
         deadline = clock.monotonic() + suspend + timeout
         tried: list[str] = []

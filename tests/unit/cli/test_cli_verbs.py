@@ -116,6 +116,11 @@ def test_clients_say_where_nothing_runs(verb: list[str], tmp_path: Path) -> None
         (["up", "--port-base", "70000"], "--port-base 70000: between"),
         (["up", "--groups", "0"], "--groups 0: between"),
         (["completion", "tcsh"], "tcsh"),
+        (["produce", "t", "x", "-n", "nonsense"], "an address is host:port, not 'nonsense'"),
+        (["produce", "t", "x", "-n", "127.0.0.1:1", "--key", "a b"], "a key is text without blanks"),
+        (["produce", "t", "x", "-n", "127.0.0.1:1", "--tag", "a|b"], "'a|b' is no tag"),
+        (["produce", "", "x", "-n", "127.0.0.1:1"], "a message needs a topic"),
+        (["consume", "t", "--group", "g", "-n", "127.0.0.1:1", "--filter", "||"], "no tag in the filter '||'"),
     ],
 )
 def test_wrong_usage(arguments: list[str], words: str) -> None:
