@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 SOON_INTERVAL_S: Final = 1.0
 """Between two checkpoints that were asked for."""
 ROOM_BYTES: Final = 64 * 1024 * 1024
-"""On a disk with less room than that (or a sixteenth) no checkpoint is begun: half of one would have to be undone."""
+"""On a disk with less room than that (or a sixteenth) no checkpoint is begun, as half of one would have to be undone;
+unless it is asked for: segments of the log may wait for it, and be what makes room."""
 FULL_PAUSE_S: Final = 5.0
 """After one that had to be undone all the same (a quota): until the next try."""
 
@@ -73,7 +74,7 @@ class Checkpoints:
         """
         async with self._lock:
             free, total = self._state.env.files.free_space(self._state.config.data_dir)
-            if free >= min(ROOM_BYTES, total // 16):
+            if self._wanted or free >= min(ROOM_BYTES, total // 16):
                 try:
                     await self._save()
                 except OSError as error:
