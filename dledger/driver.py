@@ -187,7 +187,7 @@ class Driver:
             segment_bytes=segment_bytes,
             perform=self._perform,
             wake=self.wake,
-            may_step=lambda: self._cut is None and not self._is_broken,
+            tell=self._tell,
         )
         self._reads = Reads()
 
@@ -368,6 +368,14 @@ class Driver:
             self._ticker_kick.give()
         self.turns += 1
         self.saturation.busy += self._monotonic() - started
+
+    def _tell(self) -> None:
+        """The end of a turn alone: a leader sends what its followers lack."""
+        if self.role is Role.LEADER and self._cut is None and not self._is_broken:
+            try:
+                self._perform(self.core.step(TurnEnd(self._monotonic())))
+            except LogDamaged as error:
+                self._break(error)
 
     def _break(self, error: LogDamaged) -> None:
         """Damage met within a step: what the step had decided is lost, so the core takes no further one."""

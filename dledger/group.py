@@ -160,14 +160,15 @@ class RaftGroup:
     def statistics(self) -> GroupStatistics:
         """A look at the group, for status commands; costs some microseconds per peer. Before `run` all is zero."""
         driver, life = self._driver, self._life
-        counters = dict(life.counters)
-        if driver is None:
-            now = GroupStatistics(node_id=self.node_id, flush=self.config.flush)
-        else:
-            now = driver.statistics()
-            counters.update(now.counters)
-            for name in driver.counters:  # what earlier runs of this process counted is part of it
-                counters[name] = now.counters[name] + life.counters[name]
+        now = GroupStatistics(node_id=self.node_id, flush=self.config.flush)
+        if driver is not None:
+            try:
+                now = driver.statistics()
+            except LogDamaged as error:
+                driver.damaged(error)  # the group mends itself; whoever looks is not to end for it
+        counters = dict(life.counters)  # of earlier runs of this process
+        for name, count in now.counters.items():
+            counters[name] = counters.get(name, 0) + count
         return evolve(
             now,
             state=life.state,
@@ -394,7 +395,14 @@ class RaftGroup:
 
     def manifest(self) -> Manifest | None:
         """The closed segments and what lies before them, for a backup; None where the log is not served."""
-        return self._driver.store.manifest() if self._driver is not None else None
+        driver = self._driver
+        if driver is None:
+            return None
+        try:
+            return driver.store.manifest()
+        except LogDamaged as error:
+            driver.damaged(error)  # as in `read`
+            return None
 
     def save_checkpoint(self, index: int, blob: bytes) -> bool:
         """Keep `blob`, the state machine's tables after entry `index`; the next start hands it to `restore`.

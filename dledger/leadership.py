@@ -58,10 +58,10 @@ class Leadership:
         segment_bytes: int,
         perform: Callable[[Sequence[fx.Effect]], bool],
         wake: Callable[[], None],
-        may_step: Callable[[], bool],
+        tell: Callable[[], None],
     ) -> None:
-        """`perform` has the effects of a step done; False at a cut. `wake` has a turn run soon. `may_step`: no cut
-        holds the core up.
+        """`perform` has the effects of a step done; False at a cut. `wake` has a turn run soon. `tell` has a leader
+        send what its followers lack, without a turn.
         """
         self._clock = env.clock
         self._config = config
@@ -77,7 +77,7 @@ class Leadership:
         self._measures = measures
         self._perform = perform
         self._wake = wake
-        self._may_step = may_step
+        self._tell = tell
         self._own = OwnEntries(store, core, segment_bytes)
         self._transfers = Transfers()
         self._round_trips = RoundTrips(measures.replicate)
@@ -190,15 +190,12 @@ class Leadership:
         self._own.refuse(STOPS)
 
     async def keep_told(self) -> None:
-        """Bring followers the commit index when no entry does within a moment: they serve reads up to it. A service;
-        raises LogDamaged.
-        """
+        """Bring followers the commit index when no entry does within a moment: they serve reads up to it. A service."""
         while True:
             await self._news_kick.wait()
             await self._clock.sleep(COMMIT_NEWS_SECONDS)
             self._is_news_due = False
-            if self._core.is_leader and self._may_step():
-                self._perform(self._core.step(TurnEnd(self._clock.monotonic())))
+            self._tell()
 
     def check_room(self) -> Overloaded | None:
         """Why no further batch may be opened now, or None (raft.md 4.11, 4.12)."""

@@ -21,8 +21,9 @@ from dledger.core.membership import Members
 from dledger.core.raft import Raft
 from dledger.core.types import HardState
 from dledger.driver import Driver
-from dledger.errors import CoreStopped, LedgerError, LogDamaged, Reopen
+from dledger.errors import CoreStopped, LedgerError, LogDamaged, NoRoom, Reopen
 from dledger.fetch import Exchange, FetchClient, FetchServer, LogSource
+from dledger.hard_state import NO_ROOM_RETRY_SECONDS
 from dledger.identity import identify
 from dledger.install import Installer, Pulled, end_switch, finish_install
 from dledger.machine import StateMachine
@@ -101,6 +102,8 @@ class LifeCycle:
         self._pulled: Pulled | None = None
         self._misfits = 0
         """Transfers in a row whose segments did not fit together."""
+        self._served_index: int | None = None
+        """Up to where a run that has ended had written, and so may have acknowledged."""
         self._lacks_tables = False
         self._last_written: LastEntry | None = None
         """What the last run of this process wrote last, where the log is opened anew behind it."""
@@ -194,6 +197,7 @@ class LifeCycle:
             self.counters["reopened"] += 1
             self._log.warning("opening the log anew", reason=reason)
             await self._before_reopen()
+            await self._save_served(meta)
             await self._finish_install(meta)
             if clock.monotonic() - began > REOPEN_SECONDS_MAX:
                 pause = REOPEN_SECONDS_MIN
@@ -227,6 +231,21 @@ class LifeCycle:
                 await self._serve(log, task_status)
         finally:
             store.abandon()
+
+    async def _save_served(self, meta: MetaFile) -> None:
+        """With flush "async", what was written was acknowledged: none of it may pass for a torn tail, should it turn
+        out to be damaged. Whatever it was that ended the run.
+        """
+        served_index, self._served_index = self._served_index, None
+        if served_index is None or self._config.flush != "async" or self._pulled is not None:
+            return
+        while not self._is_stopping:
+            try:
+                await meta.save_mark(served_index)
+                return
+            except NoRoom:
+                with self._env.clock.move_on_after(NO_ROOM_RETRY_SECONDS):
+                    await self._stop_wanted.wait()
 
     async def _finish_install(self, meta: MetaFile) -> None:
         """Put pulled segments in place of the log. The run has ended, so nothing is acknowledged meanwhile."""
@@ -371,6 +390,7 @@ class LifeCycle:
         env, config, meta, store = self._env, self._config, log.meta, log.store
         is_recovering = await self._start_writing(log)
         segment_bytes = log.identity.segment_bytes
+        self._served_index = store.written_index  # an earlier process of this boot may have acknowledged all of it
         replay, checkpoint = await replay_log(
             env, config.data_dir, self._machine, self._log, store, segment_bytes, log.recovered.commit_hint
         )
@@ -442,16 +462,14 @@ class LifeCycle:
                     reopen = error  # not through the nursery: a cancellation meanwhile would come out beside it
                 nursery.cancel_scope.cancel()
             if reopen is not None:
-                if config.flush == "async" and self._pulled is None:
-                    # What was written was acknowledged: none of it may pass for a torn tail, should it be damaged.
-                    await meta.save_mark(store.written_index)
-                self._last_written = _last_written(store)
                 raise reopen
         except LocalError as error:
             raise CoreStopped(str(error)) from error
         finally:
             self._serving(None)  # from here on this is a group that does not lead; reading ends too
             self._catch_up = self.fetch_server = None
+            self._served_index = store.written_index
+            self._last_written = _last_written(store)
             self._batch.stop(None)
             for name, count in driver.counters.items():
                 self.counters[name] += count

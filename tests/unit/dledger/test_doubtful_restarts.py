@@ -14,8 +14,10 @@ import pytest
 import trio
 
 from dledger.core.membership import AddLearner, Remove
-from dledger.errors import LedgerError, LogDamaged, StoreFailed
+from dledger.errors import LedgerError, StoreFailed
+from dledger.fetch import FetchServer
 from dledger.store.checkpoint import read_checkpoint, write_checkpoint
+from dledger.store.faults import EntryDamaged, FaultyRange
 from dledger.store.format import Format
 from dledger.store.meta import MetaFile, format_meta
 from runtime.files import RealFile
@@ -72,7 +74,20 @@ async def test_node_whose_sync_failed_recovers_first(tmp_path: Path, monkeypatch
         await wait_until(lambda: not node.running.statistics().recovering, what="the leader's confirmation")
 
 
-async def test_acknowledged_entries_that_turn_out_damaged_before_their_sync_are_no_torn_tail(tmp_path: Path) -> None:
+@pytest.mark.parametrize("who_meets_it", ["a read", "a service beside the driver"])
+async def test_acknowledged_entries_that_turn_out_damaged_before_their_sync_are_no_torn_tail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who_meets_it: str
+) -> None:
+    """Whatever ends the run, what it acknowledged is known to have been there when the log is opened anew."""
+    damage = EntryDamaged(FaultyRange(2, 2, 0, None, 0, None, f"met by {who_meets_it}"))
+    is_met = trio.Event()
+
+    async def meet(server: FetchServer) -> None:
+        await is_met.wait()
+        raise damage
+
+    if who_meets_it != "a read":
+        monkeypatch.setattr(FetchServer, "run", meet)
     async with cluster(tmp_path, flush_interval_ms=60_000) as toy:
         await toy.put(b"one")
         await toy.level()
@@ -89,7 +104,10 @@ async def test_acknowledged_entries_that_turn_out_damaged_before_their_sync_are_
         data[position + 70] ^= 1
         with path.open("r+b") as file:
             file.write(data)
-        driver.damaged(LogDamaged("met by a read"))
+        monkeypatch.undo()
+        if who_meets_it == "a read":
+            driver.damaged(damage)
+        is_met.set()
         await wait_until(lambda: node.running.state == "repairing", what="the repair")
         for other in others:
             await other.start()

@@ -309,6 +309,24 @@ def test_4_9_a_trim_that_is_not_known_to_be_committed_waits() -> None:
     assert machine.trims == [2 * SEGMENT] and [entry.index for entry in replay.trims] == [6]
 
 
+async def test_4_9_tables_are_trimmed_between_the_entries_before_and_behind(tmp_path: Path) -> None:
+    """In one turn or several, as in a replay: what an entry finds in the tables must be the same on every replica."""
+    async with cluster(tmp_path, 1, segment_bytes=SEGMENT) as toy:
+        leader, driver = await alone(toy)
+        machine = leader.machine
+        last = driver.store.last_index
+        driver.store.end_of = lambda index: 0  # type: ignore[method-assign]
+        trimmed_at: list[tuple[int, int]] = []
+        machine.trim = lambda position: trimmed_at.append((position, machine.entries[-1][0]))  # type: ignore
+        entries = [data_entry(last + 1), trim_entry(last + 2, SEGMENT), trim_entry(last + 3, 2 * SEGMENT)]
+        driver.applier.stage([*entries, data_entry(last + 4)])
+        driver.applier.commit_index = last + 4
+        driver.wake()
+        await wait_until(lambda: driver.applier.applied_index == last + 4, what="all of it")
+        assert trimmed_at == [(SEGMENT, last + 1), (2 * SEGMENT, last + 1)]
+        assert [index for index, _, _ in machine.entries] == [last + 1, last + 4]
+
+
 async def test_a_cut_takes_a_trim_back(tmp_path: Path) -> None:
     async with cluster(tmp_path, 1) as toy:
         _, driver = await alone(toy)
