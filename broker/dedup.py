@@ -123,6 +123,21 @@ class DedupWindow:
             key = _next_key(key)
         return key
 
+    def enter(self, keys: list[int], positions: list[int]) -> list[int]:
+        """Messages that were staged, under their keys; returns under which ones they are here."""
+        current = self.current
+        new = dict(zip(keys, positions, strict=True))
+        if len(new) == len(keys) and current.keys().isdisjoint(new):
+            current.update(new)
+            return keys
+        entered: list[int] = []
+        for key, position in zip(keys, positions, strict=True):
+            if key in current:
+                key = self.free_key(key)
+            current[key] = position
+            entered.append(key)
+        return entered
+
     def forget(self, key: int, start: int) -> None:
         """The message under this hash was discarded before its commit, with everything from `start` on."""
         if self.current.get(key, -1) >= start:
@@ -141,7 +156,7 @@ class DedupWindow:
                 position = self.previous.pop(key, None)
                 if position is not None:
                     self.current[key] = position
-        self._unsaved[1].extend(keys)
+        self._unsaved[1].fromlist(keys)
         if not self.current_start_index:
             self.current_start_index = index
             self.current_start_ms = last_store_ms

@@ -119,9 +119,9 @@ class KeyIndex:
     def extend(self, hashes: list[int], positions: list[int], store_ms: int) -> None:
         """Rows of one committed entry; `store_ms` is the store time of its last record."""
         active = self._active
-        active.hashes.extend(hashes)
-        active.positions.extend(positions)
-        active.seconds.extend([store_ms // 1000] * len(hashes))
+        active.hashes.fromlist(hashes)
+        active.positions.fromlist(positions)
+        active.seconds.extend(array("I", (store_ms // 1000,)) * len(hashes))
         self.last_store_timestamp = store_ms
         self.last_physical_offset = positions[-1]
         if len(active.hashes) >= self._segment_keys:

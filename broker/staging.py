@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 _unpack_head = struct.Struct(">IIIi4xqqi16xq8xi8xi").unpack_from
 """Size, magic, body crc, queue id, queue offset, physical offset, sysFlag, store time, reconsume times, body length."""
 _pack_unit = UNIT.pack
-_INT = struct.Struct(">i")
 _crc32 = zlib.crc32
 _IPV6_BITS = SYS_BORN_IPV6 | SYS_STORE_IPV6
 _SCHEDULE = SCHEDULE_TOPIC.encode()
@@ -142,9 +141,8 @@ class Staging:
     def stage_dedup(self, staged: Staged, topic: bytes, unique: bytes, body_crc: int, physical_offset: int) -> None:
         """A client's own message enters the window."""
         if self._dedup.enabled:
-            key = self._dedup.free_key(dedup_key(topic_seed(topic), unique, body_crc))
-            self._dedup.current[key] = physical_offset
-            staged.dedup_keys.append(key)
+            key = dedup_key(topic_seed(topic), unique, body_crc)
+            staged.dedup_keys += self._dedup.enter([key], [physical_offset])
 
     # -------------------------------------------------------------------------------------- entries from their bytes
 
@@ -154,43 +152,40 @@ class Staging:
             return found
         return find_property(properties, b"UNIQ_KEY\x01") or b"", self._facts.of(properties)
 
-    @staticmethod
-    def _records_end(count: int, data: bytes) -> int:
-        at = 0
-        for _ in range(count):
-            (size,) = _INT.unpack_from(data, at)
-            at += size
-        return at
-
     def stage_records(self, staged: Staged, count: int, data: bytes, base: int) -> int:
         """Hot: every record of every follower comes through here. Returns where the records end."""
-        pending = self._queues.pending
         by_queue = staged.by_queue
+        targets: dict[tuple[bytes, int], tuple[QueueState, list[bytes]]] = {}
+        topic, queue_id = b"", -1
         before, before_bytes, behind, behind_bytes, shape_facts = self._facts.shape
-        # Only what clients send is deduplicated; entries with operations hold deliveries, whose keys are in use.
-        dedup = self._dedup.current if self._dedup.enabled and self._records_end(count, data) == len(data) else None
-        add_dedup_key = staged.dedup_keys.append
+        dedup_keys: list[int] = []
+        dedup_positions: list[int] = []
+        add_dedup_key = dedup_keys.append
+        add_dedup_position = dedup_positions.append
         add_hash = staged.hashes.append
         add_position = staged.positions.append
         at = 0
         store_ms = self.last_store_ms
         for _ in range(count):
-            size, magic, body_crc, queue_id, queue_offset, physical, sys_flag, store_ms, reconsumed, body_length = (
+            size, magic, body_crc, to_queue, queue_offset, physical, sys_flag, store_ms, reconsumed, body_length = (
                 _unpack_head(data, at)
             )
             end = at + size
             if magic == MAGIC_V1 and not sys_flag & _IPV6_BITS:
                 topic_start = at + 89 + body_length
                 topic_end = topic_start + data[topic_start - 1]
-                topic = data[topic_start:topic_end]
+                to_topic = data[topic_start:topic_end]
             else:
                 record = decode_record(data, at)
-                topic, store_ms, reconsumed = record.topic, record.store_timestamp, record.reconsume_times
+                to_topic, store_ms, reconsumed = record.topic, record.store_timestamp, record.reconsume_times
                 topic_end = end - len(record.properties) - 2
-            start = topic_end + 2
-            queue = pending.get((topic, queue_id))
-            if queue is None:
-                queue = self._queues.pending_queue(topic, queue_id)
+            if to_queue != queue_id or to_topic != topic:
+                topic, queue_id = to_topic, to_queue
+                target = targets.get((topic, queue_id))
+                if target is None:
+                    queue = self._queues.pending_queue(topic, queue_id)
+                    target = targets[topic, queue_id] = queue, by_queue.setdefault(queue, [])
+                queue, units = target
             if (queue_offset != queue.next_offset or physical != base + at) and not (
                 staged.covered and physical == base + at and self._queues.adopt(queue, queue_offset)
             ):
@@ -200,6 +195,7 @@ class Staging:
                 )
             queue.next_offset = queue_offset + 1
 
+            start = topic_end + 2
             key_start = start + before_bytes
             key_end = end + behind_bytes
             unique = data[key_start:key_end]
@@ -214,21 +210,17 @@ class Staging:
                 key_hash = _crc32(unique, queue.index_seed)
                 add_hash(key_hash)
                 add_position(physical)
-                if dedup is not None and not reconsumed:
-                    key = key_hash << 31 | body_crc  # dedup_key, in place
-                    if key in dedup:
-                        key = self._dedup.free_key(key)
-                    dedup[key] = physical
-                    add_dedup_key(key)
+                if not reconsumed:
+                    add_dedup_key(key_hash << 31 | body_crc)  # dedup_key, in place
+                    add_dedup_position(physical)
             for word in words:
                 add_hash(_crc32(word, queue.index_seed))
                 add_position(physical)
-
-            units = by_queue.get(queue)
-            if units is None:
-                units = by_queue[queue] = []
             units.append(_pack_unit(physical, size, tags_code))
             at = end
+        # Only what clients send is deduplicated; entries with operations hold deliveries, whose keys are in use.
+        if self._dedup.enabled and at == len(data):
+            staged.dedup_keys = self._dedup.enter(dedup_keys, dedup_positions)
         staged.count = count
         staged.store_ms = store_ms
         if store_ms > self.last_store_ms:

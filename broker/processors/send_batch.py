@@ -97,7 +97,7 @@ class BatchSender:
         pack_head, magic, fixed, topic_part = template.pack_head, template.magic, template.fixed, template.topic
         queue = state.queues.pending_queue(topic, queue_id)
         first_offset = queue_offset = queue.next_offset
-        window = dedup.current if dedup.enabled and not header.reconsume_times else None
+        dedup_keys: list[int] = []
         units = staged.by_queue.setdefault(queue, [])
         hashes = staged.hashes
         rows = staged.positions
@@ -127,14 +127,11 @@ class BatchSender:
             for word in words:
                 hashes.append(_crc32(word, seed))
                 rows.append(physical)
-            if window is not None:
-                key = key_hash << 31 | body_crc  # dedup_key, in place
-                if key in window:
-                    key = dedup.free_key(key)
-                window[key] = physical
-                staged.dedup_keys.append(key)
+            dedup_keys.append(key_hash << 31 | body_crc)  # dedup_key, in place
             positions.append(physical)
             physical += size
+        if dedup.enabled and not header.reconsume_times:
+            staged.dedup_keys += dedup.enter(dedup_keys, positions)
         queue.next_offset = queue_offset
         staged.count += len(records)
         self._group.add_records(records)
