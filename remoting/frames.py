@@ -434,24 +434,23 @@ _SEND_TAIL = (
     f'"TRACE_ON":"true","MSG_REGION":"{DEFAULT_REGION}"}},"flag":1,"language":"JAVA","version":{VERSION},"opaque":'
 )
 _pack_prefix = _PREFIX.pack
+_PREFIXES = tuple(_PREFIX.pack(length + 4, length) for length in range(1024))
+"""Of frames without a body, by the length of the header."""
 _encode_json = msgspec.json.Encoder().encode
 
 
 def format_send_response(opaque: int, msg_id: str, queue_id: int, queue_offset: int, transaction_id: str = "") -> bytes:
     """The frame that acknowledges a send. `transaction_id` is the message's UNIQ_KEY ("" leaves the field out)."""
-    if transaction_id:
-        if transaction_id.isalnum() and transaction_id.isascii():
-            transaction = f'"transactionId":"{transaction_id}",'
-        else:
-            transaction = f'"transactionId":{_encode_json(transaction_id).decode()},'
+    if transaction_id.isalnum() and transaction_id.isascii():
+        transaction = f'"transactionId":"{transaction_id}",'
     else:
-        transaction = ""
+        transaction = f'"transactionId":{_encode_json(transaction_id).decode()},' if transaction_id else ""
     header = (
         f'{{"code":0,"extFields":{{"queueId":"{queue_id}","msgId":"{msg_id}","queueOffset":"{queue_offset}",'
         f"{transaction}{_SEND_TAIL}{opaque}}}"
     ).encode()
     length = len(header)
-    return _pack_prefix(length + 4, length) + header
+    return (_PREFIXES[length] if length < 1024 else _pack_prefix(length + 4, length)) + header
 
 
 def format_pull_response_head(

@@ -124,7 +124,7 @@ class SendProcessor:
             return
         body = frame[2]
         topic = self._topics.get(header.topic)
-        if topic is None or header.batch:
+        if topic is None:
             self._send_slowly(header, body, conn)
             return
         queue_id = header.queue_id
@@ -139,6 +139,12 @@ class SendProcessor:
             or len(born_host) != 8
         ):
             self._send_slowly(header, body, conn)
+            return
+        if header.batch:
+            if len(properties) <= self._max_properties - 64 and self._facts.of(properties)[2]:
+                self._batches.send(header, body, topic.config, conn)
+            else:
+                self._send_slowly(header, body, conn)
             return
 
         state = self._state
