@@ -141,7 +141,7 @@ class SendProcessor:
             self._send_slowly(header, body, conn)
             return
         if header.batch:
-            if len(properties) <= self._max_properties - 64 and self._facts.of(properties)[2]:
+            if not properties or (len(properties) <= self._max_properties - 64 and self._facts.of(properties)[2]):
                 self._batches.send(header, body, topic.config, conn)
             else:
                 self._send_slowly(header, body, conn)
