@@ -177,6 +177,12 @@ class DedupWindow:
             self._rows = [self._rows[1], 0]
             self._unsaved = [self._unsaved[1], array("Q")]
 
+    def forget_old(self, now_ms: int, last_store_ms: int) -> None:
+        """Where the last message is older than a window, so is every other: a key takes 136 bytes, and a broker without
+        sends would keep up to a million of them. Only while nothing is staged and not applied."""
+        if (self.current or self.previous) and now_ms - last_store_ms > self.window_ms:
+            self.clear()
+
     def collect(self) -> tuple[list[SavedGeneration], list[UnsavedKeys]]:
         """For a checkpoint: what the files will hold, and what must be appended to them for that."""
         saved: list[SavedGeneration] = []

@@ -402,6 +402,33 @@ async def test_a_lost_file_of_the_window_costs_a_reading_of_the_log(tmp_path: Pa
     assert recent.keys() <= {**node.state.dedup.previous, **node.state.dedup.current}.keys()
 
 
+async def test_a_window_that_nobody_adds_to_is_forgotten(tmp_path: Path) -> None:
+    node = make_node(tmp_path)
+    node.send_now("T", b"first")
+    window = node.state.dedup
+
+    async def look_after(ms: int) -> None:
+        """Let the maintenance look, at a later time."""
+        node.clock.advance(ms)
+        for _ in range(50):
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(node.state.run)
+        await look_after(window.window_ms)
+        assert len(window) == 1
+        node.put("T", b"second")
+        await look_after(window.window_ms + 1_000)
+        assert len(window) == 2, "a send is pending: its key is needed"
+        node.group.commit()
+        await look_after(1_000)
+        assert len(window) == 0
+        nursery.cancel_scope.cancel()
+    assert window.collect() == ([], [])
+    key = "UNIQ_KEY\x01AGAIN\x02"
+    assert [node.send_now("T", b"third", key).ext["queueOffset"] for _ in range(2)] == ["2", "2"]
+
+
 def colliding_keys(seed: int) -> tuple[str, str]:
     """Two keys with one crc32: a message index that they share, of messages that they do not."""
     seen: dict[int, str] = {}
