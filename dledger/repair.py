@@ -48,6 +48,8 @@ from runtime.model import Env
 ROUND_SECONDS_MIN = 0.05
 ROUND_SECONDS_MAX = 2.0
 ALARM_SECONDS = 60.0
+INSTALL_AFTER_SECONDS = 2.0
+"""For so long, members that are not reached yet keep a node from replacing its whole log for what others trimmed."""
 
 
 class Mended(Enum):
@@ -114,6 +116,7 @@ class RepairPhase:
         self._obstacles: dict[int, str] = {}
         self._obstacle = ""
         """Why the log cannot end before the first range that is left."""
+        self._began_at: float | None = None
         self._told = trio.Event()
         self.is_loss_accepted = False
         self.repaired = 0
@@ -177,7 +180,10 @@ class RepairPhase:
     async def _round(self) -> Mended | None:
         """Ask for every range once. Returns how to go on, if that is decided."""
         left: list[tuple[FaultyRange, _Found]] = []
-        is_trimmed = False
+        is_trimmed = is_everybody_asked = False
+        now = self._env.clock.monotonic()
+        if self._began_at is None:
+            self._began_at = now
         for fault in list(self._pending):
             found = await self._ask_everybody(fault)
             if found.supplier is not None:
@@ -192,12 +198,14 @@ class RepairPhase:
                 await self._cut(fault, found, "damaged end of the log cut; a leader has to confirm the rest")
                 return Mended.REOPEN
             is_trimmed = is_trimmed or bool(found.gone)
+            is_everybody_asked = {self._node_id, *found.absent, *found.others} >= set(self._voters)
             left.append((fault, found))
         if not left:
             return Mended.REOPEN
         self.waits_for = "; ".join(_why(fault, found) for fault, found in left)
         if is_trimmed and not self.is_loss_accepted:
-            return Mended.INSTALL
+            has_waited = now - self._began_at > INSTALL_AFTER_SECONDS
+            return Mended.INSTALL if has_waited or (is_everybody_asked and self._voters) else None
         self._obstacle = await self._obstacle_to_cut(left[0][0])
         if self.is_loss_accepted and not self._obstacle:
             await self._cut(*left[0], "damaged entries given up, as the operator said; the log is cut before them")

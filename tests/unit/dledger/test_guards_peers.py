@@ -13,6 +13,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 import trio
+from trio.testing import MockClock
 
 from dledger.config import GroupConfig
 from dledger.core.types import Entry
@@ -20,7 +21,7 @@ from dledger.errors import LedgerError
 from dledger.fetch import Answer, FetchClient, LogSource
 from dledger.install import Installer, Pulled, _Failed, adds_to
 from dledger.peers import Link, Peers, Refused
-from dledger.repair import Mended, RepairPhase, _Found
+from dledger.repair import INSTALL_AFTER_SECONDS, Mended, RepairPhase, _Found
 from dledger.store.base import BaseRecord
 from dledger.store.checkpoint import Checkpoint, pack_checkpoint
 from dledger.store.faults import FaultyRange
@@ -348,7 +349,20 @@ def test_4_6_what_was_acknowledged_is_bounded_by_a_stop_in_order_or_by_the_run_i
     assert phase._ends_with_what_was_acknowledged(FAULT) is is_bounded
 
 
-async def test_the_operators_word_ends_the_wait_for_segments_too(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_log_is_replaced_only_when_nobody_else_may_have_the_entries(autojump_clock: MockClock) -> None:
+    """Who has trimmed them was reached a moment before who has them: one entry, or all of the log."""
+    client = Answers(n1=FetchStatus.GONE)
+    phase = a_phase(client)
+    assert await phase._round() is None
+    client.given["n2"] = FetchStatus.ABSENT
+    assert await phase._round() is Mended.INSTALL, "nobody has them"
+    assert (await a_phase(Answers(n1=FetchStatus.GONE)).run()) is Mended.INSTALL, "nor does it wait for ever"
+    assert trio.current_time() > INSTALL_AFTER_SECONDS
+
+
+async def test_the_operators_word_ends_the_wait_for_segments_too(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
     """Whoever has trimmed the entries may be unable to give the segments for them."""
     cuts: list[FaultyRange] = []
 
