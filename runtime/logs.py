@@ -134,13 +134,6 @@ def get_logger(name: str, **fields: Any) -> Logger:
     return Logger(name, fields)
 
 
-def bind_context(**fields: Any) -> None:
-    """Add fields (cluster, node, connection ...) to every event of this trio task and the tasks it starts from here."""
-    from structlog import contextvars
-
-    contextvars.bind_contextvars(**fields)
-
-
 def _import_structlog() -> Any:
     """structlog without rich, which it would load for tracebacks: 3 instead of 8 MB and 0.07 instead of 0.28 s."""
     if "rich" in sys.modules or "structlog" in sys.modules:
@@ -172,7 +165,6 @@ def configure_logging(
             colors=path is None and sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
         )
     processors: list[Any] = [
-        structlog.contextvars.merge_contextvars,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     if json:

@@ -52,15 +52,6 @@ def test_exceptions_carry_their_traceback(tmp_path: Path) -> None:
     assert entry["level"] == "error"
 
 
-async def test_context_fields_are_added(tmp_path: Path) -> None:
-    path = tmp_path / "node.log"
-    logs.configure_logging(str(path), json=True)
-    logs.bind_context(node="n2")
-    logs.get_logger("x").warning("peer lost", peer="n0")
-    (entry,) = lines(path)
-    assert (entry["node"], entry["peer"]) == ("n2", "n0")
-
-
 def test_console_lines_are_readable(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure_logging(None, json=False, level="debug")
     logs.get_logger("x").debug("segment rolled", position=4096)
