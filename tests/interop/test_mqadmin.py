@@ -147,6 +147,12 @@ def test_consumer_progress(mqadmin, programs):
     assert {row["Diff"] for row in mine} == {"0"}
 
 
+def test_delete_expired_commit_log(mqadmin, cluster_name, sent, topic):
+    """On each broker, leader or not: what is older than the retention goes, and nothing is."""
+    assert "success" in mqadmin.run("deleteExpiredCommitLog", "-c", cluster_name)
+    assert mqadmin.table("topicStatus", "-t", topic)
+
+
 def test_delete_topic(mqadmin, target, cluster_name, suffix):
     name = f"Admin_gone_{suffix}"
     mqadmin.run("updateTopic", "-c", cluster_name, "-t", name)
