@@ -485,6 +485,9 @@ class Raft:
                 self._follow(now, Cause.LEADER_CLOSED, self.term, None)
                 self._timer.fire_within(now, self.config.peer_lost_jitter_max)
         elif hard and self.role is not Role.LEADER:
+            if peer == self.leader:
+                # It ordered this very campaign, and is not to be heard any more, nor waited for.
+                self.leader = None
             self._judge_round(now)
 
     def _peer_up(self, now: float, peer: str) -> None:

@@ -52,6 +52,33 @@ def test_4_2_a_save_of_an_older_vote_releases_nothing() -> None:
     assert group.wire == [("n1", "n2", msg.VoteReply(5, True))]
 
 
+def test_4_2_a_candidate_leads_only_with_its_own_vote_saved() -> None:
+    """Answers can be there before: to the same request of an earlier life, whose disk was emptied since."""
+    group = Group()
+    group.tick("n0")
+    member = group["n0"]
+    member.saves = False
+    member.receive("n1", msg.PreVoteReply(0, 1, True))
+    for voter in ("n1", "n2"):
+        member.receive(voter, msg.VoteReply(1, True))
+    assert member.raft.role is Role.CANDIDATE and not member.did(fx.NoopNeeded)
+    member.complete_saves()
+    assert member.raft.role is Role.LEADER
+
+
+def test_4_2_messages_that_wait_for_a_save_are_bounded() -> None:
+    """The last one of its kind for each peer: who asks again and again while a disk is slow gets one answer."""
+    group = Group()
+    member = group["n1"]
+    member.saves = False
+    for _ in range(5):
+        member.receive("n0", msg.Vote(4, 0, 0))
+        member.receive("n2", msg.Vote(4, 0, 0))
+    assert group.wire == []
+    member.complete_saves()
+    assert group.wire == [("n1", "n0", msg.VoteReply(4, True)), ("n1", "n2", msg.VoteReply(4, False))]
+
+
 # Recovering
 
 
