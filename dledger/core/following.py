@@ -12,8 +12,8 @@ class Following:
     """A follower's side of the replication, for one term at a time.
 
     `verified_index` is the highest entry known to match the leader's (rabbitmq/ra#508), `leader_commit` its highest
-    commit index, `heard_at` when it last spoke, `segments_from` from where it sends entries, as last offered (0: it
-    has offered nothing).
+    commit index, `heard_at` when it last spoke (read only while there is one), `segments_from` from where it sends
+    entries, as last offered (0: it has offered nothing).
     """
 
     __slots__ = (

@@ -112,7 +112,7 @@ from dledger.core.effects import Effect
 from dledger.core.election import Ballot, ElectionTimer, is_up_to_date
 from dledger.core.errors import LocalError, PromiseBroken, RemoteError
 from dledger.core.events import Event
-from dledger.core.following import NEVER, Following
+from dledger.core.following import Following
 from dledger.core.log import LogView
 from dledger.core.members_in_force import MembersInForce, config_entries, members_by_index
 from dledger.core.membership import Members
@@ -481,7 +481,6 @@ class Raft:
             self._replication.set_connected(progress, False)
         elif self.role is Role.FOLLOWER:
             if hard and peer == self.leader:
-                self._following.heard_at = NEVER
                 self._follow(now, Cause.LEADER_CLOSED, self.term, None)
                 self._timer.fire_within(now, self.config.peer_lost_jitter_max)
         elif hard and self.role is not Role.LEADER:

@@ -314,6 +314,32 @@ def test_a_late_tick_sets_the_timer_anew_instead_of_firing() -> None:
     assert follower.raft.role is Role.FOLLOWER and follower.raft.deadline > group.now + 0.9
 
 
+def test_a_late_tick_in_a_round_of_votes_listens_first_too() -> None:
+    """raft.md 4.3: half a timeout late means that this node was stopped, and has not read what came meanwhile."""
+    group = Group()
+    group.tick("n0")
+    candidate = group["n0"]
+    assert candidate.raft.role is Role.PRE_CANDIDATE
+    group.now = candidate.raft.deadline + 0.6
+    candidate.step(Tick(group.now))
+    assert candidate.raft.role is Role.FOLLOWER and candidate.raft.deadline >= group.now + 1.0, "a whole timeout"
+
+
+def test_a_voter_lets_a_candidate_go_first_and_only_once() -> None:
+    """One that never wins must not hold back the others for ever."""
+    group = Group()
+    voter = group["n1"]
+    group.now = voter.raft.deadline - 0.01
+    voter.receive("n2", msg.PreVote(1, 0, 0))
+    held_back = voter.raft.deadline
+    assert group.now + 0.15 <= held_back <= group.now + 0.30
+    group.now = held_back - 0.01
+    voter.receive("n2", msg.PreVote(1, 0, 0))
+    assert voter.raft.deadline == held_back
+    group.tick("n1")
+    assert voter.raft.role is Role.PRE_CANDIDATE
+
+
 def test_a_leader_that_stood_still_asks_before_it_steps_down() -> None:
     group = Group()
     group.elect("n0")

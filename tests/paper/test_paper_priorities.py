@@ -15,8 +15,8 @@ import pytest
 from dledger.core import effects as fx
 from dledger.core import messages as msg
 from dledger.core.config import RaftConfig
-from dledger.core.events import AcceptLoss, DiskState, PeerLost, Transfer
-from dledger.core.membership import AddLearner
+from dledger.core.events import AcceptLoss, DiskState, PeerLost, Tick, Transfer
+from dledger.core.membership import AddLearner, Promote
 from dledger.core.succession import jitter_share
 from dledger.core.types import Role
 from tests.paper.harness import Group, make_log
@@ -158,6 +158,27 @@ def test_4_3_priority_shortens_the_jitter_and_nothing_else() -> None:
     assert min(preferred) >= 1.0 and min(plain) >= 1.0
     assert max(preferred) <= 1.5
     assert deadlines({"n1": 1}) == plain, "nobody waits longer for it"
+
+
+def test_4_3_a_new_voter_shortens_the_jitter_of_those_that_outrank_it() -> None:
+    group = led(RaftConfig(priorities={"n1": 1}), 4, voters=3)
+
+    def longest(name: str) -> float:
+        member = group[name]
+        waits = []
+        for _ in range(40):
+            group.now = member.raft.deadline + 0.6
+            member.step(Tick(group.now))  # found late: the timer is set anew
+            waits.append(member.raft.deadline - group.now)
+        return max(waits)
+
+    assert 1.25 < longest("n1") <= 1 + 1 / 3
+    group["n0"].change(AddLearner("n3", ("h", 1)))
+    group.settle()
+    group["n0"].change(Promote("n3"))
+    group.settle()
+    assert group.raft("n1").members.voters == ("n0", "n1", "n2", "n3")
+    assert longest("n1") <= 1 + 1 / 4
 
 
 def test_jitter_shares() -> None:

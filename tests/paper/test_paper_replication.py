@@ -382,6 +382,21 @@ def test_a_reconnected_peer_is_probed_first() -> None:
     assert group.raft("n1").commit_index == 2
 
 
+@pytest.mark.parametrize(("nbytes", "under_way"), [(2_000, 31), (100_000, 0)])
+def test_a_probe_that_may_be_in_vain_is_small(nbytes: int, under_way: int) -> None:
+    """64 KiB, and no entry at all where the next one is larger; once the logs agree everything follows."""
+    group = Group()
+    group.elect("n0")
+    group.lose("n0", "n1", hard=True)
+    for _ in range(40):
+        group["n0"].propose(bytes(nbytes))
+    group.connect("n0", "n1")
+    (probe,) = appends(group, "n1")
+    assert len(probe.entries) == under_way
+    group.settle()
+    assert group.raft("n1").commit_index == 41
+
+
 # Illegal input
 
 
