@@ -152,10 +152,11 @@ class Leadership:
         is_news_only = not is_read_asked
         if is_sampled or self._round_trips.under_way:
             self._round_trips.look(core.progress, now)
+        log = core.log
         for progress in core.progress.values():
-            if progress.state is not PeerState.REPLICATE or progress.next_index <= core.last_index:
+            if progress.state is not PeerState.REPLICATE or progress.next_index <= log.last_index:
                 is_news_only = False
-            elif progress.commit_sent < core.commit_index and not self._is_news_due:
+            elif progress.commit_sent < log.commit_index and not self._is_news_due:
                 self._is_news_due = True
                 self._news_kick.give()
         if not is_news_only:
