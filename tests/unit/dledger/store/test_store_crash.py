@@ -273,3 +273,71 @@ async def test_scenario_09_rolls_and_syncs_lose_nothing_durable() -> None:
         assert len(found) >= durable[0] and found == ENTRIES[: len(found)]
 
     await at_every_operation(before, write, check)
+
+
+async def test_scenario_10_a_lost_beginning_comes_back_or_is_still_reported() -> None:
+    """Segments and side rows; never does it pass for a trimmed log, nor for an empty one."""
+    before = await built(ENTRIES)
+    for sub in ("log", "rows"):
+        for base in (0, SEGMENT):
+            before.unlink(f"{FOLDER}/{sub}/{segment_name(base)}")
+        before.sync_dir(f"{FOLDER}/{sub}")
+
+    async def repair(files: CrashFiles) -> None:
+        _, recovered = await opened(files)
+        (fault,) = recovered.faults
+        assert (fault.first_index, fault.position) == (1, 0)
+        write_repair(files, FOLDER, SEGMENT, fault, ENTRIES[: fault.last_index])
+        await opened(files)
+
+    async def check(files: CrashFiles, is_done: bool) -> None:
+        store, recovered = await opened(files)
+        assert store.first_index == 1 and store.last_index == len(ENTRIES)
+        if recovered.faults:
+            assert not is_done and recovered.faults[0].first_index == 1
+        else:
+            assert read_all(store) == ENTRIES
+
+    await at_every_operation(before, repair, check)
+
+
+async def test_scenario_10_a_log_of_which_nothing_is_left_is_given_up_or_still_reported() -> None:
+    before = await built(ENTRIES)
+    for sub in ("log", "rows"):
+        for name in before.listdir(f"{FOLDER}/{sub}")[:-1]:
+            before.unlink(f"{FOLDER}/{sub}/{name}")
+        before.sync_dir(f"{FOLDER}/{sub}")
+    meta = MetaFile.open(before, FOLDER, IDENTITY)
+    await meta.save_mark(0)  # nor is there a mark
+
+    async def drop(files: CrashFiles) -> None:
+        store, recovered = await opened(files)
+        (fault,) = recovered.faults
+        assert fault.is_open and fault.first_index == 1
+        await store._meta.save_recovering(True)
+        await drop_open_fault(env_of(files), FOLDER, SEGMENT, store._meta, fault)
+
+    async def check(files: CrashFiles, is_done: bool) -> None:
+        store, recovered = await opened(files)
+        assert not is_done or not recovered.faults
+        assert recovered.faults or (store._meta.saved.recovering and store.first_position == store.position_end == 0)
+
+    await at_every_operation(before, drop, check)
+
+
+async def test_4_2_the_start_of_a_run_is_in_the_slots_or_the_run_before_it() -> None:
+    before = await built(ENTRIES[:2])
+    meta = MetaFile.open(before, FOLDER, IDENTITY)
+    await meta.save_started(b"old!", is_async=True)
+
+    async def start(files: CrashFiles) -> None:
+        await MetaFile.open(files, FOLDER, IDENTITY).save_started(b"new!", recovering=True)
+
+    async def check(files: CrashFiles, is_done: bool) -> None:
+        saved = MetaFile.open(files, FOLDER, IDENTITY).saved
+        assert (saved.boot, saved.is_async, saved.recovering) in (
+            [(b"new!", False, True)] if is_done else [(b"old!", True, False), (b"new!", False, True)]
+        )
+        assert (saved.term, saved.vote) == (7, "n2")
+
+    await at_every_operation(before, start, check)
