@@ -98,8 +98,9 @@ class Applier:
         self._counters["entries_proposed"] += len(proposals)
         self._counters["records_proposed"] += records
 
-    def apply(self, *, is_sampled: bool = False) -> bool:
-        """Hand the next committed entries to the machine, as many as one turn applies. Whether there are more.
+    def apply(self, now: float, *, is_sampled: bool = False) -> bool:
+        """Hand the next committed entries to the machine, as many as a turn that began at `now` applies. Whether there
+        are more.
 
         A TRIM ends a slice: what is behind it is applied to tables that are trimmed already.
         """
@@ -110,10 +111,10 @@ class Applier:
         if trims and trims[0].index < target:
             target = trims[0].index
         staged = self._staged
-        started = self._monotonic()
         if staged and staged[0].index <= target:
             if staged[0].is_own:
-                self._measures.commit.record(started - staged[0].since)
+                self._measures.commit.record(now - staged[0].since)
+            started = self._monotonic() if is_sampled else now
             target = self._apply_staged(target, started)
             if is_sampled:
                 self._measures.apply.record(self._monotonic() - started)
@@ -161,7 +162,7 @@ class Applier:
 
     def step_down(self) -> None:
         """Leadership is lost: whatever is committed is applied, the outcome of the rest is unknown (raft.md 4.3)."""
-        while self.apply():
+        while self.apply(self._monotonic()):
             pass
         self.orphan_all()
 

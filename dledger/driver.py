@@ -109,8 +109,7 @@ class Driver:
         self._log = log
         self._monotonic = env.clock.monotonic
         self._turn_kick = Kick()
-        self.wake = self._turn_kick.give
-        """Have the driver's task run a turn soon: everything that arrives meanwhile shares it."""
+        self._is_turn_due = True
         self.store = store
         self.feed = LogFeed(store, segment_bytes, self.wake)
         self.core = make_core(self._monotonic(), self.feed)
@@ -343,6 +342,13 @@ class Driver:
         else:
             self.turn()
 
+    def wake(self) -> None:
+        """Have the driver's task run a turn soon: everything that arrives meanwhile shares it, and where somebody pumps
+        first there is nothing left for another one.
+        """
+        self._is_turn_due = True
+        self._turn_kick.give()
+
     def kick(self) -> None:
         """A turn at once when nothing is in flight, else soon: a lone proposal loses no time, many share an entry."""
         if self.batch.is_empty:
@@ -358,6 +364,7 @@ class Driver:
             return
         started = self._monotonic()
         self._in_turn = True
+        self._is_turn_due = False
         try:
             self._turn(started)
         except LogDamaged as error:
@@ -413,7 +420,7 @@ class Driver:
         is_leader = self.role is Role.LEADER
         if not is_leader:
             self._perform(step(TurnEnd(now)))  # the leader waits for this answer: before our own applying
-        self._apply(is_sampled=is_sampled)
+        self._apply(now, is_sampled=is_sampled)
         if reads.is_settled:
             reads.answer(self.applier.applied_index)
         if self._app_inbox:
@@ -443,11 +450,11 @@ class Driver:
         assert term is not None
         return self._perform(self.core.step(kind(now, index, term)))
 
-    def _apply(self, *, is_sampled: bool) -> None:
+    def _apply(self, now: float, *, is_sampled: bool) -> None:
         applier = self.applier
         if applier.applied_index >= applier.commit_index:
             return
-        if applier.apply(is_sampled=is_sampled):
+        if applier.apply(now, is_sampled=is_sampled):
             self.wake()
         self.leadership.applied(applier.applied_index)
         if not self.is_ready and self.role is Role.LEADER and 0 < self.core.noop_index <= applier.applied_index:
@@ -620,7 +627,8 @@ class Driver:
                     await self._perform_cut()
             except LogDamaged as error:
                 self._break(error)
-            self.turn()
+            if self._is_turn_due:
+                self.turn()
             await self._turn_kick.wait()
 
     async def _hand_over(self) -> None:

@@ -94,6 +94,21 @@ async def test_lost_leadership_tells_who_waits_that_the_outcome_is_unknown(tmp_p
         assert outcomes == ["unknown"] and len(leader.machine.pending) == 1
 
 
+async def test_a_lone_proposal_takes_one_turn(tmp_path: Path) -> None:
+    """Opening the batch wakes the driver, and the kick is quicker: then there is nothing left for the driver to do."""
+    async with cluster(tmp_path, 1, flush_interval_ms=60_000) as toy:
+        leader, driver = await alone(toy)
+        outcomes: list[str] = []
+        before = driver.turns
+        for number in range(40):
+            leader.machine.put(leader.running, b"%d" % number, outcomes.append)
+            leader.running.kick()
+            for _ in range(3):
+                await trio.lowlevel.checkpoint()
+        assert outcomes == ["applied"] * 40
+        assert driver.turns - before < 60, "heartbeats and housekeeping have theirs"
+
+
 # What must be on stable storage
 
 
@@ -295,7 +310,7 @@ async def test_6_1_nothing_behind_the_commit_index_is_applied(tmp_path: Path) ->
         driver.store.end_of = lambda index: 0  # type: ignore[method-assign]
         driver.applier.stage([data_entry(last + 1), data_entry(last + 2)])
         driver.applier.commit_index = last + 1
-        assert not driver.applier.apply()
+        assert not driver.applier.apply(0.0)
         assert [index for index, _, _ in leader.machine.entries] == [last + 1]
         assert driver.applier.applied_index == last + 1 and len(leader.machine.pending) == 1
 
