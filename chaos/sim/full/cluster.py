@@ -8,7 +8,7 @@ brokers as those are from each other, but never killed: what they were told is t
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from random import Random
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ import quorate
 from broker.config import BrokerConfig
 from broker.node import BrokerNode
 from broker.records import UNIT, decode_record
-from chaos.sim.full.machine import Process
+from chaos.sim.full.machine import Dead, Process
 from chaos.sim.full.plan import NAME_SERVER
 from chaos.sim.full.subject import RaftSubject, excuses
 from chaos.sim.full.world import Broken, World
@@ -28,6 +28,7 @@ from dledger.core.types import Role
 from dledger.group import RaftGroup
 from namesrv.config import NamesrvConfig
 from namesrv.server import NameServer
+from quorate.attempts import LATE_AFTER_S
 from quorate.client import Client, background_nursery
 from quorate.errors import NoRoute, PullFailed, RequestRefused, SendFailed, SendRefused, Unavailable
 from quorate.pull import PullConsumer
@@ -45,8 +46,6 @@ LOOK_SECONDS: Final = 0.1
 DELAYED_SHARE: Final = 0.04
 BATCH_SHARE: Final = 0.05
 RETRIED_SHARE: Final = 0.02
-ATTEMPT_SECONDS: Final = 0.9
-"""The client tries another member after a little more."""
 
 
 @define
@@ -326,7 +325,7 @@ class ClusterSubject(RaftSubject):
                     self._world.note("c0", f"offset {offset} of queue {queue.queue_id} is to be kept")
                     asked_at = clock.monotonic()
                     await marks.commit(queue, offset)
-                    if clock.monotonic() - asked_at < ATTEMPT_SECONDS:
+                    if clock.monotonic() - asked_at < LATE_AFTER_S:  # sooner it asks nobody else while a first copy may be under way
                         late[queue].remove(offset)
                     self._world.note("c0", f"offset {offset} of queue {queue.queue_id} is kept")
                     kept[queue] = max(kept.get(queue, 0), offset)
@@ -366,8 +365,10 @@ class ClusterSubject(RaftSubject):
         waiting, self.book.to_read = self.book.to_read, []
         groups = [self.nodes[name].group for name in self.running()]
         for queue_id, offset, position, size in waiting:
-            records = (group.read(position, size) for group in groups)
-            record = next((record for record in records if record is not None), None)
+            record = None
+            for group in groups:
+                with suppress(Dead):  # a machine whose next process has not opened its log yet
+                    record = record or group.read(position, size)
             if record is not None:
                 self.book.found(queue_id, offset, decode_record(record).body)
             else:
