@@ -325,7 +325,8 @@ class ClusterSubject(RaftSubject):
                     self._world.note("c0", f"offset {offset} of queue {queue.queue_id} is to be kept")
                     asked_at = clock.monotonic()
                     await marks.commit(queue, offset)
-                    if clock.monotonic() - asked_at < LATE_AFTER_S:  # sooner it asks nobody else while a first copy may be under way
+                    # Later it may have asked another member, while a first copy is still under way.
+                    if clock.monotonic() - asked_at < LATE_AFTER_S:
                         late[queue].remove(offset)
                     self._world.note("c0", f"offset {offset} of queue {queue.queue_id} is kept")
                     kept[queue] = max(kept.get(queue, 0), offset)
