@@ -62,6 +62,7 @@ from dledger.peers import Peers
 from dledger.reads import Reads, Told
 from dledger.replay import Replay
 from dledger.retention import Plan, Retention, encode_trim
+from dledger.role_log import RoleLog
 from dledger.roster import Roster
 from dledger.status import LagHistory, Saturation, statistics_of
 from dledger.store.log_store import LogStore
@@ -189,6 +190,7 @@ class Driver:
             tell=self._tell,
         )
         self._reads = Reads()
+        self._role_log = RoleLog(log, self._monotonic)
 
         self.role = self.core.role
         self.term = self.core.term
@@ -551,15 +553,7 @@ class Driver:
 
     def _change_role(self, change: fx.RoleChanged) -> None:
         was_leader = self.role is Role.LEADER
-        self._log.info(
-            "role changed",
-            role=change.role.name.lower(),
-            term=change.term,
-            leader=change.leader,
-            reason=change.reason,
-            last_index=self.store.last_index,
-            commit_index=self.applier.commit_index,
-        )
+        self._role_log.note(change, last_index=self.store.last_index, commit_index=self.applier.commit_index)
         self.counters["role_changes"] += 1
         self.role = change.role
         self.term = change.term
