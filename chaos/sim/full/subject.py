@@ -7,6 +7,7 @@ removed may come back so. The next change waits for the end of the one before.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import Any, Final
@@ -28,7 +29,7 @@ JOIN_SECONDS_MAX: Final = 1.0
 COUNTERS: Final = ("repairs", "installs")
 
 
-class RaftSubject:
+class RaftSubject(ABC):
     """Machines, nodes and members of one raft group. A subject adds what runs beside it."""
 
     port: int
@@ -50,13 +51,13 @@ class RaftSubject:
         self._members: tuple[str, ...] = FOUNDERS
 
     @property
+    @abstractmethod
     def groups(self) -> Mapping[str, RaftGroup]:
         """By node: that of its last life."""
-        raise NotImplementedError
 
+    @abstractmethod
     def folder(self, name: str) -> str:
         """The raft folder of a machine."""
-        raise NotImplementedError
 
     def log_folder(self, name: str) -> str:
         return f"{self.folder(name)}/log/"
