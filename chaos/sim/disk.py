@@ -268,6 +268,14 @@ class SimDisk:
         if self.not_on_platter:
             self.not_on_platter = {index for index in self.not_on_platter if index <= kept}
 
+    def trim(self, through_index: int) -> None:
+        """Retention has removed the head. A CONFIG entry that was cut must not pass for one of it."""
+        first = self.log.first_index
+        self._configs = [
+            known for known in self._configs if known[0] < first or self.log.head_crc_at(known[0]) == known[1]
+        ]
+        self.log.trim(through_index)
+
     def torn_cut(self, from_index: int) -> None:
         """The process dies while a cut zeroes the tail from its end: any part of it may be left."""
         left = self._rng.randint(from_index - 1, self.log.last_index)
@@ -297,9 +305,11 @@ class SimDisk:
     # The end of a process
 
     def process_ended(self) -> None:
-        """What was appended but never written is gone."""
+        """What was appended but never written is gone, and what was on its way there never comes."""
         self._settle_mark()
         self._next_mark = None
+        self._writes = []
+        self._sync = None
         if self.written < self.log.last_index:
             self.log.cut(self.written + 1)
 

@@ -731,4 +731,4 @@ class SimNode:
         if last >= log.first_index and not log.bad:
             self._world.counts["trims"] += 1
             self._world.reached("trimmed")
-            log.trim(last)
+            self.disk.trim(last)

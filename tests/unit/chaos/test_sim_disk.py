@@ -12,6 +12,7 @@ from chaos.sim.plan import Plan, draw_plan
 from chaos.sim.properties import PropertyBroken
 from chaos.sim.store_disk import StoreDisk
 from chaos.sim.world import Build, World
+from dledger.core.membership import Members
 from dledger.core.types import HEADER_BYTES, Entry, EntryType, HardState, frame_entry, next_position
 from dledger.errors import LogDamaged
 
@@ -142,6 +143,27 @@ def test_a_cut_takes_marks_and_members_back() -> None:
     disk = disk_with(9)
     disk.cut(5)
     assert (disk.written, disk.durable, disk.mark, disk.rows) == (4, 4, 4, 4)
+
+
+def test_what_a_dead_process_was_writing_does_not_come_with_the_end_of_the_faults() -> None:
+    disk = disk_with(3, durable=3, plan=attrs.evolve(quiet_plan(), threaded_writes=True))
+    disk.log.append((next_entry(disk),))
+    disk.write()
+    disk.process_ended()
+    disk.heal()
+    disk._world.run_until(1.0)
+    assert (disk.log.last_index, disk.written, disk.durable) == (3, 3, 3)
+
+
+def test_a_change_of_members_that_was_cut_is_none_of_a_trimmed_head() -> None:
+    disk = disk_with(40)
+    disk.note_config(30, Members(("n0", "n1")))
+    disk.note_config(39, Members(("n0", "n1", "n2")))
+    disk.cut(30)
+    for _ in range(30):
+        disk.log.append((next_entry(disk, term=2),))
+    disk.trim(45)
+    assert disk.configs() == []
 
 
 def test_a_wiped_folder_has_no_log_no_vote_and_does_not_count() -> None:
