@@ -82,6 +82,11 @@ class Tries:
         """Whether a node was asked and may still answer."""
         return bool(self._open)
 
+    @property
+    def has_answer(self) -> bool:
+        """Whether `take` has an answer to give."""
+        return any(each.asked.answer is not None for each in self._open)
+
     def next_of(self, members: Iterable[str]) -> str | None:
         """The first that was not asked in this round, and need not answer yet."""
         return next((each for each in members if each not in self._tried and not self._is_asked(each)), None)

@@ -217,7 +217,7 @@ class Producer:
             self.has_sent = True
             client.heartbeat_soon()
         with client.attempts.begin(message.topic) as tries:
-            while clock.monotonic() < deadline:
+            while clock.monotonic() < deadline or tries.has_answer:
                 route = client.routes.at_hand(message.topic)
                 if route is None or not route.writable:
                     route = await self._route(message.topic, deadline, problems)

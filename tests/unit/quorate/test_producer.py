@@ -332,6 +332,34 @@ async def test_a_late_answer_counts_while_others_are_tried(monkeypatch: pytest.M
                     await mq.send("t", b"x", timeout=0.3)
 
 
+async def test_an_answer_counts_that_came_while_routes_were_asked_until_the_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    env = make_env()
+    monkeypatch.setattr(producer, "NEXT_AFTER_S", 0.05)
+    async with fake_cluster(env, nodes=1) as cluster, quorate.connect(cluster.namesrv, env=env) as mq:
+        cluster.topics["t"] = 1
+        slow = cluster.groups["broker-a"].nodes[0]
+        handle = slow.handle
+        held: list[tuple[Any, Any]] = []
+        slow.handle = lambda connection, frame: held.append((connection, frame))  # type: ignore[method-assign]
+
+        async def answer() -> None:
+            await wait_until(lambda: bool(held), what="the send")
+            monkeypatch.setattr(FakeCluster, "answer_route", lambda self, request: b"")
+            asked = cluster.route_requests
+            await wait_until(lambda: cluster.route_requests > asked, what="the silent name server to be asked")
+            for connection, frame in held:
+                handle(connection, frame)
+                connection.flush()
+            slow.handle = handle  # type: ignore[method-assign]
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(answer)
+            receipt = await mq.send("t", b"x", timeout=0.3)
+        assert (receipt.attempts, receipt.queue_offset) == (1, 0)
+
+
 async def test_no_name_server_at_all() -> None:
     env = make_env()
     listener = await env.net.listen("127.0.0.1", 0)
