@@ -167,6 +167,16 @@ def int_or_zero(text: bytes | None) -> int:
         return 0
 
 
+def are_ordinary(properties: bytes) -> bool:
+    """Whether a send with these properties needs none of the careful way's looks at them."""
+    return (
+        b"DELAY\x01" not in properties
+        and b"TRAN_MSG\x01" not in properties
+        and b"TIMER_DEL" not in properties
+        and b"POP_CK\x01" not in properties
+    )
+
+
 class TagCodes:
     """Java's String.hashCode of a tag, remembered for the few tags in use (store.md 4)."""
 
@@ -232,10 +242,7 @@ class PropertyFacts:
         facts = (
             self.tag_codes.of(tag) if tag is not None else 0,
             words.split() if words is not None else [],
-            b"DELAY\x01" not in rest
-            and b"TRAN_MSG\x01" not in rest
-            and b"TIMER_DEL" not in rest
-            and b"POP_CK\x01" not in rest,
+            are_ordinary(rest),
         )
         if len(rest) <= self.LONGEST_BYTES:
             if len(self.known) >= self.LIMIT:

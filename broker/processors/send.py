@@ -29,6 +29,7 @@ from broker.records import (
     SYS_TRANSACTION_PREPARED,
     UNIT,
     V1_OVERHEAD_BYTES,
+    are_ordinary,
     find_property,
     int_or_zero,
     join_properties,
@@ -141,7 +142,8 @@ class SendProcessor:
             self._send_slowly(header, body, conn)
             return
         if header.batch:
-            if not properties or (len(properties) <= self._max_properties - 64 and self._facts.of(properties)[2]):
+            # Not `facts`: a batch's own properties may hold a key, and would be remembered each time.
+            if len(properties) <= self._max_properties - 64 and are_ordinary(properties):
                 self._batches.send(header, body, topic.config, conn)
             else:
                 self._send_slowly(header, body, conn)

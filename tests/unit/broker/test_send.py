@@ -308,6 +308,18 @@ def test_a_batch_is_stored_as_ordinary_messages(node: Node) -> None:
     assert len({message.properties["UNIQ_KEY"] for message in messages}) == 3
 
 
+def test_a_batch_leaves_nothing_of_its_own_properties_behind(node: Node) -> None:
+    """They may hold a key, so no two are the same; and they are looked at where the topic is known, too."""
+    with_topic(node, "T")
+    node.send_now("T", batch_body((b"one", "UNIQ_KEY\x01U1\x02")), code=320, batch=True)
+    known = dict(node.state.facts.known)
+    properties = "UNIQ_KEY\x01U2\x02WAIT\x01true\x02"
+    answer = node.send_now("T", batch_body((b"two", "UNIQ_KEY\x01U2\x02")), properties, code=320, batch=True)
+    assert (answer.code, node.state.facts.known) == (0, known)
+    delayed = node.send_now("T", batch_body((b"three", "")), properties + "DELAY\x013\x02", code=320, batch=True)
+    assert delayed.code == 13
+
+
 def test_a_batch_that_does_not_fit_the_open_entry_begins_another(node: Node) -> None:
     with_topic(node, "T")
     before = len(node.group.entries)
