@@ -75,6 +75,8 @@ class DedupWindow:
 
     __slots__ = (
         "_keys_per_generation",
+        "_newest_ms",
+        "_newest_since_s",
         "_rows",
         "_unsaved",
         "current",
@@ -91,6 +93,8 @@ class DedupWindow:
         self.enabled = window_ms > 0 and max_keys > 1
         self.window_ms = window_ms
         self._keys_per_generation = max(1, max_keys // 2)
+        self._newest_ms = -1
+        self._newest_since_s = 0.0
         self.clear()
 
     def clear(self) -> None:
@@ -177,10 +181,17 @@ class DedupWindow:
             self._rows = [self._rows[1], 0]
             self._unsaved = [self._unsaved[1], array("Q")]
 
-    def forget_old(self, now_ms: int, last_store_ms: int) -> None:
+    def forget_old(self, now_ms: int, now_s: float, last_store_ms: int) -> None:
         """Where the last message is older than a window, so is every other: a key takes 136 bytes, and a broker without
-        sends would keep up to a million of them. Only while nothing is staged and not applied."""
-        if (self.current or self.previous) and now_ms - last_store_ms > self.window_ms:
+        sends would keep up to a million of them. Only while nothing is staged and not applied.
+
+        `now_ms` is wall time, which judges duplicates; but it may jump ahead for a moment, so the last message has to
+        be the last one for a window of monotonic time (`now_s`, seconds), too.
+        """
+        if last_store_ms != self._newest_ms:
+            self._newest_ms, self._newest_since_s = last_store_ms, now_s
+        quiet_ms = min(now_ms - last_store_ms, (now_s - self._newest_since_s) * 1000)
+        if (self.current or self.previous) and quiet_ms > self.window_ms:
             self.clear()
 
     def collect(self) -> tuple[list[SavedGeneration], list[UnsavedKeys]]:

@@ -583,7 +583,8 @@ class BrokerState:
             await self.env.clock.sleep(interval)
             self.queues.flush()
             if not self._in_flight:
-                self.dedup.forget_old(self.env.clock.wall_ms(), self.staging.last_store_ms)
+                clock = self.env.clock
+                self.dedup.forget_old(clock.wall_ms(), clock.monotonic(), self.staging.last_store_ms)
             if self.group.is_serving:
                 self.trim(self.group.first_position)
                 await self.queues.settle()

@@ -418,9 +418,19 @@ async def test_a_window_that_nobody_adds_to_is_forgotten(tmp_path: Path) -> None
         await look_after(window.window_ms)
         assert len(window) == 1
         node.put("T", b"second")
+        await look_after(1_000)
         await look_after(window.window_ms + 1_000)
         assert len(window) == 2, "a send is pending: its key is needed"
         node.group.commit()
+        await look_after(1_000)
+        wall_ms = node.clock.wall_ms
+        node.clock.wall_ms = lambda: wall_ms() + 10 * window.window_ms  # type: ignore[method-assign]
+        await look_after(window.window_ms - 5_000)
+        assert len(window) == 2, "only a jump of the wall clock"
+        node.clock.wall_ms = lambda: wall_ms() - 2 * window.window_ms  # type: ignore[method-assign]
+        await look_after(7_000)
+        assert len(window) == 2, "set back, it would still know a duplicate"
+        node.clock.wall_ms = wall_ms  # type: ignore[method-assign]
         await look_after(1_000)
         assert len(window) == 0
         nursery.cancel_scope.cancel()
