@@ -32,7 +32,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import Any
 
@@ -40,7 +40,7 @@ import attrs
 import trio
 from attrs import field, frozen
 
-from runtime.files import RealFile, RealFiles
+from runtime.files import RealFile, RealFiles, data_extents
 from runtime.model import Buffer, File
 
 STAGING = ".unsynced"
@@ -278,22 +278,6 @@ def _copy(source: int, target: int, start: int, end: int) -> None:
         start += len(data)
 
 
-def _data_extents(descriptor: int) -> Iterator[tuple[int, int]]:
-    """The parts of a file that are no holes."""
-    end = os.fstat(descriptor).st_size
-    position = 0
-    while position < end:
-        try:
-            start = os.lseek(descriptor, position, os.SEEK_DATA)
-            position = os.lseek(descriptor, start, os.SEEK_HOLE)
-        except OSError as error:
-            if error.errno == errno.EINVAL:  # no such search here: all of it
-                start, position = position, end
-            else:
-                return  # ENXIO: nothing but a hole follows
-        yield start, position
-
-
 class _Inode:
     """One file that loses what is unsynced: its content in private memory, its durable state in a real file."""
 
@@ -304,7 +288,7 @@ class _Inode:
         self._real = os.open(self.real_path, flags, 0o644)
         self.memory = _private_memory(path)
         os.ftruncate(self.memory, os.fstat(self._real).st_size)
-        for start, end in _data_extents(self._real):
+        for start, end in data_extents(self._real):
             _copy(self._real, self.memory, start, end)
         self.handles = 0
         self._dirty: list[tuple[int, int]] = []

@@ -61,6 +61,27 @@ def _data_sync(descriptor: int) -> None:
         os.fsync(descriptor)
 
 
+def data_extents(descriptor: int, offset: int = 0) -> list[tuple[int, int]]:
+    """The parts of a file at or behind `offset` that are no holes and no unwritten reserves.
+
+    Found all at once: what is read ahead beside one of them may count as data from then on.
+    """
+    end = os.fstat(descriptor).st_size
+    found: list[tuple[int, int]] = []
+    while offset < end:
+        try:
+            start = os.lseek(descriptor, offset, os.SEEK_DATA)
+            offset = os.lseek(descriptor, start, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole follows
+                break
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+            start, offset = offset, end
+        found.append((start, offset))
+    return found
+
+
 class RealFile:
     """`runtime.model.File` over one descriptor. After `close` every call raises OSError (EBADF)."""
 
@@ -168,6 +189,10 @@ class RealFile:
 
     def size(self) -> int:
         return os.fstat(self._descriptor).st_size
+
+    def data_extents(self, offset: int) -> list[tuple[int, int]]:
+        """The parts at or behind `offset` that may be other than zero; see `runtime.model.File`."""
+        return data_extents(self._descriptor, offset)
 
     def is_at(self, path: str) -> bool:
         """Whether `path` leads to this very file: not after it was removed, or another one put in its place."""

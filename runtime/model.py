@@ -95,6 +95,12 @@ class File(Protocol):
 
     def size(self) -> int: ...
 
+    def data_extents(self, offset: int) -> Sequence[tuple[int, int]]:
+        """(start, end) of the parts at or behind `offset` that may be other than zero, ascending.
+
+        Space that is reserved and was never written is in none of them. May be all of it where that cannot be told.
+        """
+
     def is_at(self, path: str) -> bool:
         """Whether `path` leads to this very file: not after it was removed, or another one put in its place."""
 

@@ -97,6 +97,9 @@ class OverlayFile:
     def size(self) -> int:
         return self._size
 
+    def data_extents(self, offset: int) -> list[tuple[int, int]]:
+        return [(offset, self._size)] if offset < self._size else []
+
     def is_at(self, path: str) -> bool:
         return self._path == path
 

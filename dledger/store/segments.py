@@ -155,14 +155,19 @@ class Segment:
         return data
 
     def nonzero_from(self, offset: int) -> int | None:
-        """Offset of a non-zero chunk at or behind `offset`, None when all is zero to the end. Blocks; for start-up."""
-        while offset < self.nbytes:
-            step = min(_CHUNK - offset % _CHUNK, self.nbytes - offset)
-            data, readable = read_around(self.file, step, offset)
-            self.is_readable = self.is_readable and readable
-            if data != _ZEROS[: len(data)]:
-                return offset
-            offset += step
+        """Offset of a non-zero chunk at or behind `offset`, None when all is zero to the end. Blocks; for start-up.
+
+        What was reserved and never written is not read: in a segment that has just begun that is nearly all of it.
+        """
+        for start, end in self.file.data_extents(offset):
+            offset = start
+            while offset < min(end, self.nbytes):
+                step = min(_CHUNK - offset % _CHUNK, self.nbytes - offset)
+                data, readable = read_around(self.file, step, offset)
+                self.is_readable = self.is_readable and readable
+                if data != _ZEROS[: len(data)]:
+                    return offset
+                offset += step
         return None
 
     def used_from(self, offset: int) -> int:

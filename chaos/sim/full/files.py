@@ -429,6 +429,10 @@ class SimFile:
         self._check()
         return len(self._inode.cached)
 
+    def data_extents(self, offset: int) -> list[tuple[int, int]]:
+        self._check()
+        return [(offset, len(self._inode.cached))] if offset < len(self._inode.cached) else []
+
     def is_at(self, path: str) -> bool:
         self._check()
         return self._disk.find(path) is self._inode

@@ -185,3 +185,27 @@ def test_the_lock_names_the_other_process_and_the_folder(tmp_path: Path) -> None
     assert f"{tmp_path} is in use by process {holder.pid};" in str(caught.value)
     with test_env(tmp_path).files.lock(str(tmp_path)):  # a killed holder leaves nothing to clean up
         assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_outside_of_the_data_extents_all_is_zero(tmp_path: Path) -> None:
+    file = opened(tmp_path)
+    file.allocate(1 << 22)
+    for offset in (100_000, 1_500_000, 1_500_200, (1 << 22) - 1):
+        file.pwrite(b"x", offset)
+    content = bytearray(file.pread(1 << 22, 0))
+    extents = file.data_extents(100_001)
+    assert extents == sorted(extents)
+    assert all(start >= 100_001 for start, _end in extents)
+    for start, end in extents:
+        content[start:end] = bytes(end - start)
+    assert not any(content[100_001:])
+    assert file.data_extents(1 << 22) == []
+
+
+def test_where_the_system_cannot_tell_all_of_the_file_is_data(tmp_path: Path) -> None:
+    file = opened(tmp_path)
+    file.allocate(10_000)
+    with mock.patch("os.lseek", side_effect=OSError(errno.EINVAL, "not here")):
+        assert file.data_extents(10) == [(10, 10_000)]
+    with mock.patch("os.lseek", side_effect=OSError(errno.EIO, "broken")), pytest.raises(OSError, match="broken"):
+        file.data_extents(10)

@@ -76,6 +76,9 @@ class CrashFile:
     def size(self) -> int:
         return len(self.inode.cached)
 
+    def data_extents(self, offset: int) -> list[tuple[int, int]]:
+        return [(offset, len(self.inode.cached))] if offset < len(self.inode.cached) else []
+
     def is_at(self, path: str) -> bool:
         return self._files.find(path) is self.inode
 

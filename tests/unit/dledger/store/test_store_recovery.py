@@ -5,12 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import trio
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from dledger.store.segments import create_segment
+from runtime.files import RealFile
+from runtime.testing import test_env
 from tests.unit.dledger.store.store_kit import SEGMENT, Bench, Framer, copied, log_files, some_entries, write_log
 
 
@@ -114,3 +118,27 @@ def test_any_damage_is_reported_and_healed(logs: Logs, damages: list[tuple[str, 
         segment.close()
     bench.heal()
     trio.run(bench.read_everything_or_mark)
+
+
+def test_what_was_reserved_and_never_written_is_not_read_at_a_start(tmp_path: Path) -> None:
+    nbytes = 16 << 20
+    files = test_env(tmp_path).files
+    for folder in ("log", "rows"):
+        files.make_dirs(str(tmp_path / folder))
+    segment = create_segment(files, str(tmp_path), 0, nbytes)
+    segment.file.pwrite(b"entries", 0)
+    read: list[int] = []
+    real = RealFile.pread
+
+    def counted(file: RealFile, nbytes: int, offset: int) -> bytes:
+        read.append(nbytes)
+        return real(file, nbytes, offset)
+
+    with mock.patch.object(RealFile, "pread", counted):
+        assert segment.nonzero_from(7) is None
+    if len(segment.file.data_extents(0)) != 1 or segment.file.data_extents(0)[0][1] < nbytes:
+        assert sum(read) <= nbytes // 8
+    segment.file.pwrite(b"x", 10 << 20)
+    assert segment.nonzero_from(7) == 10 << 20
+    assert segment.used_from(7) == 1
+    segment.close()
