@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -79,26 +80,29 @@ def test_shares_are_taken_within_a_round() -> None:
     assert len(engine.table(rounds)) == 4
 
 
-def test_growth_ignores_segments_that_came() -> None:
-    footprint = long_run.Footprint(
-        anonymous_mb=[100, 101, 100, 103, 104, 104, 104],
-        descriptors=[40, 42, 42, 44, 44, 44, 45],
-        segments=[5, 6, 6, 7, 7, 7, 7],
-    )
+def test_descriptors_of_segments_are_told_from_all_others(tmp_path: Path) -> None:
+    folder = tmp_path / "n0"
+    (folder / "raft" / "log").mkdir(parents=True)
+    footprint = long_run.Footprint(anonymous_mb=[100, 101, 100, 103, 104, 104], resident_mb=[200, 200, 200, 202, 202])
     assert footprint.growth == pytest.approx(0.04)
+    assert footprint.resident_growth == pytest.approx(0.01)
+    footprint.look(folder, os.getpid())
+    with (folder / "raft" / "log" / "segment").open("wb"), (folder / "raft" / "meta").open("wb"):
+        footprint.look(folder, os.getpid())
     assert footprint.more_descriptors == 1
+    assert footprint.of_segments == [0, 1]
 
 
 def test_missed_long_run_goals_are_named() -> None:
     def found(growth: float, more: int, vote: float, serve: float) -> dict[str, object]:
-        broker = {"memory_growth": growth, "more_descriptors": more}
+        broker = {"memory_growth": growth, "resident_growth": growth, "more_descriptors": more}
         return {
             "role_changes": {"brokers": {"n0": broker}},
             "kill": {"ready_to_vote_s": {"n0": 1.0, "n1": vote}, "serving_s": serve},
         }
 
     assert long_run.missed(found(0.05, 0, 3.0, 5.0)) == []
-    assert len(long_run.missed(found(0.06, 1, 3.1, 5.1))) == 4
+    assert len(long_run.missed(found(0.06, 1, 3.1, 5.1))) == 5
 
 
 def test_what_runs_is_read_from_the_supervisors_file(tmp_path: Path) -> None:
