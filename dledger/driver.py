@@ -243,8 +243,9 @@ class Driver:
         self._app_inbox.append((peer, payload))
 
     def on_trim_wanted(self, peer: str, position: int) -> None:
-        """A member's disk is nearly full: no matter for the core."""
-        self.retention.wanted_by(peer, position)
+        """A member's disk is nearly full: no matter for the core. Who was removed may call, too, but has no say."""
+        if peer in self.roster.members:
+            self.retention.wanted_by(peer, position)
 
     def on_peer_up(self, peer: str) -> None:
         self._inbox.append(PeerUp(self._monotonic(), peer))

@@ -337,9 +337,10 @@ class Peers:
 
     @property
     def oldest_version(self) -> int:
-        """The lowest protocol version in use on any connection; ours where there is none."""
+        """The lowest protocol version in use on any connection to a member; ours where there is none. Others get no
+        entries, so what they do not know is no matter."""
         links = [*self._dialled.values(), *self._accepted.values()]
-        return min([self._versions[1], *(link.version for link in links)])
+        return min([self._versions[1], *(link.version for link in links if link.peer in self._addresses)])
 
     def set_members(self, addresses: Mapping[str, Address]) -> None:
         """The members in force, and where they take connections: new ones are dialled, those that went are let go.

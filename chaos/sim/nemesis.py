@@ -237,6 +237,9 @@ class Nemesis:
         if not held:
             return False
         self.crash(node, fault.seconds)
+        disk = node.disk
+        if disk.has_failed or disk.evidence() < disk.durable:
+            return False  # beyond the mark only the side rows vouch, and those went, or go, with the page cache
         first = max(held.start, held.stop - 1 - rng.randrange(20))
         return self._damage(node, list(range(first, node.log.last_index + 1)))
 

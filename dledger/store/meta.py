@@ -145,7 +145,8 @@ class MetaFile:
         self._wanted = meta
         self._saved = meta
         # What was read may be in the page cache alone: written by a process that died before its sync, or whose sync
-        # failed (and a second sync of clean pages brings nothing to the disk). So the first save always writes.
+        # failed (and a second sync of clean pages brings nothing to the disk). So the first save always writes; and so
+        # does the one behind a save that was not carried through.
         self._is_synced = False
         self._lock = trio.Lock()
 
@@ -218,6 +219,9 @@ class MetaFile:
             if latest == self._saved and self._is_synced:
                 return  # whoever held the lock before us took our values along
             latest = evolve(latest, sequence=latest.sequence + 1)
+            # Where the sync is not reached (no room, cancelled), a slot may be left that says what nobody wants any
+            # more: then even the former values have to be written again.
+            self._is_synced = False
             try:
                 slot = pack_slot(latest, self._identity)
                 for offset in _pair(latest.sequence):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from random import Random
 
 import attrs
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from chaos.sim.disk import Gap, SimDisk, Unreadable
 from chaos.sim.plan import Plan, draw_plan
 from chaos.sim.properties import PropertyBroken
+from chaos.sim.schedule import Fault
 from chaos.sim.store_disk import StoreDisk
 from chaos.sim.world import Build, World
 from dledger.core.membership import Members
@@ -213,6 +215,19 @@ def test_no_copy_may_be_damaged_that_a_majority_does_not_have_besides() -> None:
     world.nodes["n2"].disk.cut(6)
     assert not world.nemesis._damage(world.nodes["n0"], [7])
     assert world.nemesis._damage(world.nodes["n0"], [4])
+
+
+@pytest.mark.parametrize("rows, has_failed, is_applied", [(9, False, True), (9, True, False), (6, False, False)])
+def test_a_file_is_not_cut_short_where_nothing_would_tell_of_its_end(
+    rows: int, has_failed: bool, is_applied: bool
+) -> None:
+    world = world_of(9)
+    node = world.nodes["n0"]
+    node.disk.mark, node.disk.rows, node.disk.has_failed = 5, rows, has_failed
+    assert (
+        world.nemesis._truncate(Fault(number=1, at=0.0, kind="truncate", target="n0", seconds=1.0), node, Random(1))
+        is is_applied
+    )
 
 
 def test_with_asynchronous_flush_only_a_minority_loses_power_at_a_time() -> None:

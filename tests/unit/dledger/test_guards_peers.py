@@ -37,6 +37,7 @@ from dledger.wire import (
     KIND_PROOF,
     KIND_WELCOME,
     MESSAGE_BYTES_MAX,
+    PROTOCOL_VERSION,
     Fetch,
     FetchKind,
     FetchStatus,
@@ -182,6 +183,15 @@ async def test_4_1_who_belongs_to_the_group_may_call_whatever_this_log_says() ->
     hello = msgspec.structs.replace(peers_of(a_config(node_id="n1"))._hello("n0"), node_id="n9")
     link = await peers._admit(cast(Any, Caller(hello, proof=b"")))
     assert link.peer == "n9"
+
+
+async def test_a_caller_that_is_no_member_does_not_hold_back_what_its_version_does_not_know() -> None:
+    peers = peers_of(a_config())
+    stream = cast(Any, SimpleNamespace())
+    peers._accepted["n9"] = Link("n9", stream, MessageReader(), 0.0, 1)
+    assert peers.oldest_version == PROTOCOL_VERSION
+    peers._accepted["n1"] = Link("n1", stream, MessageReader(), 0.0, 1)
+    assert peers.oldest_version == 1
 
 
 def test_a_proof_covers_the_newest_versions_that_both_told() -> None:

@@ -618,3 +618,27 @@ async def test_meta_slots_find_room_later_and_keep_the_last_word_until_then(
     await meta.save_hard_state(5, None)
     found = MetaFile.open(env.files, str(tmp_path), IDENTITY).saved
     assert (found.term, found.vote) == (5, None) == (meta.saved.term, meta.saved.vote)
+
+
+async def test_4_2_what_a_save_without_room_has_left_does_not_outlive_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = test_env()
+    format_folder(env, str(tmp_path), IDENTITY)
+    meta = MetaFile.open(env.files, str(tmp_path), IDENTITY)
+    await meta.save_recovering(True)
+    pwrite = RealFile.pwrite
+    writes: list[int] = []
+
+    def full(self: RealFile, data: Any, offset: int) -> None:
+        writes.append(offset)
+        if len(writes) == 2:
+            raise OSError(errno.ENOSPC, "full")
+        pwrite(self, data, offset)
+
+    monkeypatch.setattr(RealFile, "pwrite", full)
+    with pytest.raises(NoRoom):
+        await meta.save_recovering(False)
+    assert not MetaFile.open(env.files, str(tmp_path), IDENTITY).saved.recovering, "one slot says so already"
+    await meta.save_recovering(True)  # as it was before: and yet there is something to write
+    assert MetaFile.open(env.files, str(tmp_path), IDENTITY).saved.recovering

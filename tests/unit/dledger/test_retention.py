@@ -599,6 +599,17 @@ async def test_a_leader_gives_no_more_than_may_go_to_a_follower_that_wants_it(tm
         assert not driver_of(follower).retention._wanted, "who does not lead is told by mistake"
 
 
+async def test_only_a_members_disk_counts(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as toy:
+        leader = await toy.leader()
+        follower = next(node for node in toy.alive() if node is not leader)
+        driver = driver_of(leader)
+        driver.on_trim_wanted("n9", 1 << 50)
+        assert not driver.retention._wanted
+        driver.on_trim_wanted(follower.node_id, 1 << 50)
+        assert driver.retention._wanted == {follower.node_id: 1 << 50}
+
+
 async def test_a_follower_whose_log_takes_nothing_helps_itself_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
