@@ -39,6 +39,7 @@ from runtime.local_socket import serve_local, socket_path
 from runtime.model import Env
 from runtime.processes import (
     connected_process,
+    cpu_seconds,
     describe_exit,
     listening_process,
     outgoing_ports,
@@ -53,6 +54,10 @@ RESTART_AFTER_FAILED_STARTS_S = 10.0
 FAILED_STARTS_MAX = 5
 """So many starts in a row that never got ready, and the pauses become long."""
 READY_WITHIN_S = 30.0
+"""So long may nothing get any further. On a busy machine, or with a long log, a start takes longer as a whole."""
+PROGRESS_LOOK_S = 0.5
+WORK_CPU_S = 0.5
+"""CPU time that tells a node that is at work, however slowly, from one that waits for something."""
 STOP_WITHIN_S = 8.0
 DOUBLED_WITHIN_S = 0.5
 MENDING = frozenset({"repairing", "installing"})
@@ -239,22 +244,42 @@ class Supervisor:
 
     async def _wait_ready(self) -> None:
         """Raises NotReadyInTime; not where nodes mend their logs, which may take long and needs all of them alive."""
-        try:
-            with self._env.clock.fail_after(READY_WITHIN_S):
-                for slot in self._slots.values():
-                    await slot.ready.wait()
-                for leadership in self._leaderships.values():
-                    await leadership.known.wait()
-        except trio.TooSlowError:
+        if not await self._is_ready_in_time():
             self.notice = await self._what_mends()
             if not self.notice:
-                raise NotReadyInTime(await self._what_is_missing()) from None
+                raise NotReadyInTime(await self._what_is_missing())
         assert self._identity is not None
         self._identity = self._identity.formatted()
         self._unformatted = frozenset()
         write_identity(self._env.files, self.layout, self._identity)
         seconds = (self._env.clock.wall_ms() - self._started_ms) / 1000
         self._tell("all_ready", None, f"ready in {seconds:.1f} s" + (f"; {self.notice}" if self.notice else ""))
+
+    async def _is_ready_in_time(self) -> bool:
+        """Whether all is ready before nothing has got any further for a while."""
+        clock = self._env.clock
+        reached, since = self._reached(), clock.monotonic()
+        while clock.monotonic() - since < READY_WITHIN_S:
+            with clock.move_on_after(PROGRESS_LOOK_S):
+                for slot in self._slots.values():
+                    await slot.ready.wait()
+                for leadership in self._leaderships.values():
+                    await leadership.known.wait()
+                return True
+            before, reached = reached, self._reached()
+            if reached != before:
+                since = clock.monotonic()
+        return False
+
+    def _reached(self) -> tuple[object, ...]:
+        """How far the start has come; the same twice: nobody got any further in between. A node that was ready and
+        starts again does not count: it may do so for ever."""
+        work = [
+            int(cpu_seconds(slot.child.pid) / WORK_CPU_S)
+            for slot in self._slots.values()
+            if slot.child is not None and not slot.was_ready
+        ]
+        return work, len(self._leaderless())
 
     async def _what_mends(self) -> str:
         """Where all that is missing are leaders of raft groups whose nodes mend their logs: what these wait for."""
@@ -276,7 +301,8 @@ class Supervisor:
     async def _what_is_missing(self) -> str:
         late = [slot.node.name for slot in self._slots.values() if not slot.ready.is_set()]
         if late:
-            return f"{', '.join(late)} not ready within {READY_WITHIN_S:.0f} s\n{self._log_tail(late[0])}"
+            names = ", ".join(late)
+            return f"{names} not ready, and no progress seen for {READY_WITHIN_S:.0f} s\n{self._log_tail(late[0])}"
         leaderless = self._leaderless()
         return "\n".join(
             [

@@ -95,6 +95,12 @@ def resident_bytes(pid: int) -> int | None:
         return None
 
 
+def cpu_seconds(pid: int) -> float:
+    """CPU time that a process has used so far, 0 where it is gone or that cannot be told."""
+    fields = _stat_fields(pid)
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
+
+
 def die_with_parent(parent_pid: int) -> None:
     """Ask the kernel to kill this process when its parent dies; ends it at once where the parent is gone already.
 

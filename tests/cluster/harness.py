@@ -21,7 +21,8 @@ from runtime.real import FAULTS_VARIABLE
 
 QUORATE = (sys.executable, "-P", "-m", "cli")
 PORTS_PER_CLUSTER = 100
-VERB_WITHIN_S = 60
+VERB_WITHIN_S = 120
+"""This, and the limits below, are for a busy machine: where a time counts, its test says so."""
 STATUS_EVERY_S = 0.25
 """A look at the status costs a process, and may not take the machine from those it looks at."""
 BROKERS = ("n0", "n1", "n2")
@@ -178,7 +179,7 @@ class Cluster:
         self.kill_all_brokers_at_once()
         return pids
 
-    def leader(self, within_s: float = 10.0, *, other_than: str | None = None) -> str:
+    def leader(self, within_s: float = 30.0, *, other_than: str | None = None) -> str:
         """The broker that says it leads, and serves."""
 
         def find() -> str | None:
@@ -188,7 +189,7 @@ class Cluster:
 
         return str(wait_for(find, within_s, "a leader", STATUS_EVERY_S))
 
-    def wait_restarted(self, name: str, than_pid: int | None, within_s: float = 20) -> None:
+    def wait_restarted(self, name: str, than_pid: int | None, within_s: float = 60) -> None:
         """Until the node runs in another process than before, and is ready."""
         wait_for(
             lambda: (node := self.processes()[name])["state"] == "up" and node["process"]["pid"] != than_pid,

@@ -24,7 +24,7 @@ from tests.cluster.workload import Promises, check_stored, read_all
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 TOPIC = "known"
-ANSWER_WITHIN_S = 10
+ANSWER_WITHIN_S = 30
 BODY_BYTES_MAX = 4 << 20
 
 
@@ -38,7 +38,7 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, 
         async with quorate.connect(running.namesrv) as client:
             await client.admin.create_topic(TOPIC, queues=4)
             for number in range(10):
-                promises.note(f"p0-{number}", await client.send(TOPIC, b"p0-%d " % number, timeout=10))
+                promises.note(f"p0-{number}", await client.send(TOPIC, b"p0-%d " % number, timeout=30))
 
     async def check(running: Cluster) -> None:
         async with quorate.connect(running.namesrv) as client:
@@ -97,7 +97,7 @@ def send_header(topic: str, queue_id: int = 0) -> dict[str, object]:
 def leader_address(running: Cluster) -> tuple[str, int]:
     name = wait_for(
         lambda: next((name for name, one in running.status().items() if one.get("role") == "leader"), None),
-        10,
+        60,
         "leader",
     )
     return running.address(name)
@@ -137,7 +137,7 @@ def test_sends_that_are_refused(
 async def test_the_client_says_what_was_refused(running: Cluster) -> None:
     async with quorate.connect(running.namesrv) as client:
         with pytest.raises(quorate.QuorateError, match="stranger"):
-            await client.send("stranger", b"x", timeout=2)
+            await client.send("stranger", b"x", timeout=10)
         with pytest.raises(quorate.SendRefused) as raised:
             await client.send(TOPIC, bytes(BODY_BYTES_MAX + 1))
         assert raised.value.code == ResponseCode.MESSAGE_ILLEGAL
@@ -201,7 +201,7 @@ def test_one_log_line_for_each_stranger(running: Cluster) -> None:
     with connection(running.address("n1")) as stream:
         stream.sendall(GARBAGE["HTTP request"])
         assert stream.recv(100) == b""
-    lines = wait_for(lambda: log.read_text().splitlines()[before:], 5, "a log line")
+    lines = wait_for(lambda: log.read_text().splitlines()[before:], 30, "a log line")
     assert len(lines) == 1, lines
     assert "HTTP" in lines[0]
 

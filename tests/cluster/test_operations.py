@@ -21,7 +21,7 @@ from tests.cluster.harness import BROKERS, STATUS_EVERY_S, Cluster, cluster, fre
 from tests.cluster.harness import quorate as run_quorate
 from tests.cluster.workload import Promises, check_stored, produce_numbers, queues_of, read_all, same_logs
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 TOPIC = "ledger"
 SEGMENT_BYTES = 5 << 20
@@ -117,7 +117,7 @@ async def test_a_node_is_added_the_old_leader_removed_and_the_group_moved(tmp_pa
                 addresses = {"{}:{}".format(*running.address(name)): name for name in (*BROKERS, "n3")}
                 return former not in {addresses[one["address"]] for one in route}
 
-            await env.run_in_thread(wait_for, is_unlisted, 10, f"{former} leaves the route", STATUS_EVERY_S)
+            await env.run_in_thread(wait_for, is_unlisted, 30, f"{former} leaves the route", STATUS_EVERY_S)
         shown = await env.run_in_thread(standing, running)
         assert [name for name, part in shown.items() if part == "none"] == [former]
         # The log names its members with their addresses; the configuration says where they are now.
@@ -127,7 +127,7 @@ async def test_a_node_is_added_the_old_leader_removed_and_the_group_moved(tmp_pa
         moved_cluster = await env.run_in_thread(starts_elsewhere, running, config)
         assert former not in moved_cluster.processes()
         async with quorate.connect(moved_cluster.namesrv) as client:
-            promises.note("after-0", await client.send(TOPIC, b"after-0 ", timeout=15))
+            promises.note("after-0", await client.send(TOPIC, b"after-0 ", timeout=30))
             check_stored(await read_all(client, TOPIC), promises)
         await same_logs(env, moved_cluster)
 
@@ -138,7 +138,7 @@ async def test_a_node_removed_while_it_was_down_disturbs_nobody(tmp_path: Path) 
         leader = running.leader()
         away = next(name for name in BROKERS if name != leader)
         running.kill(away)
-        wait_for(lambda: running.pid(away) is None, 10, f"{away} is down")
+        wait_for(lambda: running.pid(away) is None, 30, f"{away} is down")
         assert away not in running.verb("raft", "remove-node", away, "--yes")["voters"]
         term = running.status()[leader]["term"]
         run_quorate("restart", away, "--data", str(running.data))
@@ -173,7 +173,7 @@ async def test_lost_folders_are_filled_and_the_loss_of_most_is_refused(tmp_path:
                 await env.run_in_thread(running.wait_restarted, other, before)
 
             await with_load(client, promises, lose_one)
-            await same_logs(env, running, within_s=30)
+            await same_logs(env, running)
             shutil.rmtree(tmp_path / f"lost-{other}")
             pids = {name: running.pid(name) for name in (other, third)}
             lose(running, other, third)
@@ -182,7 +182,7 @@ async def test_lost_folders_are_filled_and_the_loss_of_most_is_refused(tmp_path:
                 lines = (running.data / "logs" / "supervisor.log").read_text().splitlines()
                 return [event["text"] for event in map(json.loads, lines) if event["kind"] == "refused"]
 
-            await env.run_in_thread(wait_for, lambda: len(told()) >= 2, 10, "two refusals")
+            await env.run_in_thread(wait_for, lambda: len(told()) >= 2, 30, "two refusals")
             assert all("no majority; put the data back" in text for text in told())
             text = await env.run_in_thread(refused, "restart", third, "--data", str(running.data))
             assert "put the data back" in text
@@ -191,7 +191,7 @@ async def test_lost_folders_are_filled_and_the_loss_of_most_is_refused(tmp_path:
                 (tmp_path / f"lost-{name}").rename(running.data / name)
                 run_quorate("restart", name, "--data", str(running.data))
                 assert running.pid(name) != pids[name]
-            promises.note("after-0", await client.send(TOPIC, b"after-0 ", timeout=15))
+            promises.note("after-0", await client.send(TOPIC, b"after-0 ", timeout=30))
             check_stored(await read_all(client, TOPIC), promises)
 
 
@@ -203,7 +203,7 @@ async def fill(client: quorate.Client, topic: str, segments: int) -> None:
 
     async def send(count: int) -> None:
         for _ in range(count):
-            await client.send(topic, body, timeout=10)
+            await client.send(topic, body, timeout=30)
 
     async with trio.open_nursery() as nursery:
         for _ in range(4):
@@ -256,7 +256,7 @@ async def test_a_trimmed_group_restarts_and_is_saved_and_put_back(tmp_path: Path
     document = json.loads(run_quorate("up", *flags, "--data", str(put_back)).stdout)
     try:
         async with quorate.connect(document["namesrv"]) as client:
-            promises.note("after-0", await client.send(TOPIC, b"after-0 ", timeout=15))
+            promises.note("after-0", await client.send(TOPIC, b"after-0 ", timeout=30))
             check_stored(await read_all(client, TOPIC), promises)
     finally:
         run_quorate("down", "--data", str(put_back), check=False)

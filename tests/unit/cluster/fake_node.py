@@ -1,7 +1,8 @@
 """Stands in for `quorate serve`: says what a node says, and does what a file in the data folder tells it.
 
 DATA/leader holds "n1 2": that node leads in that term. DATA/n1.exit holds words and an exit code to end with at once.
-DATA/n1.filled, where there, has n1 say that it has been filled.
+DATA/n1.filled, where there, has n1 say that it has been filled. While DATA/n1.late is there, n1 is not ready: it works
+where that says "work", else it waits.
 """
 
 import json
@@ -31,6 +32,11 @@ def main() -> None:
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
     (data / name / "raft").mkdir(parents=True, exist_ok=True)
     (data / name / "raft" / "format.json").touch()
+    late = data / f"{name}.late"
+    is_at_work = late.exists() and late.read_text() == "work"
+    while late.exists():
+        if not is_at_work:
+            time.sleep(0.05)
     say(event="ready")
     is_filled = "--join" not in arguments
     told = ""

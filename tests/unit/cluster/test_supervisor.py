@@ -67,6 +67,10 @@ async def running(env: Env, folder: Path, events: list[Event], *, restarts: bool
         supervisor.request_stop()
 
 
+def up_nodes(supervisor: Supervisor) -> set[str]:
+    return {node.name for node in supervisor.state().nodes if node.state == "up"}
+
+
 def pids(supervisor: Supervisor) -> dict[str, int | None]:
     return {node.name: node.pid for node in supervisor.state().nodes}
 
@@ -222,6 +226,34 @@ async def test_nodes_that_mend_their_logs_are_left_to_it(
             assert events[-1].text.endswith(supervisor.notice)
             supervisor.request_stop()
         await ended.wait()
+
+
+async def test_a_start_may_take_long_while_a_node_is_at_work(
+    env: Env, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine, or with a long log to read. A node that only waits is given up."""
+    monkeypatch.setattr("cluster.supervisor.READY_WITHIN_S", 0.6)
+    monkeypatch.setattr("cluster.supervisor.PROGRESS_LOOK_S", 0.05)
+    monkeypatch.setattr("cluster.supervisor.WORK_CPU_S", 0.02)
+    late = tmp_path / "n2.late"
+    late.write_text("work")
+    (tmp_path / "leader").write_text("n1 1")
+    supervisor = Supervisor(
+        env, await free_config(env), Layout(str(tmp_path)), on_event=lambda event: None, command=FAKE
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(supervisor.run)
+        await wait_until(lambda: up_nodes(supervisor) == {"n0", "n1", "ns0"}, limit=20, what="all but n2")
+        await trio.sleep(1.2)
+        assert not supervisor.ready.is_set()
+        late.unlink()
+        await wait_until(supervisor.ready.is_set, what="the end of the start")
+        assert [node.restarts for node in supervisor.state().nodes] == [0] * 4
+        supervisor.request_stop()
+    late.write_text("wait")
+    again = Supervisor(env, await free_config(env), Layout(str(tmp_path)), on_event=lambda event: None, command=FAKE)
+    with pytest.RaisesGroup(pytest.RaisesExc(NotReadyInTime, match=r"n2 not ready, and no progress seen for 1 s")):
+        await again.run()
 
 
 async def refusal(env: Env, config: ClusterConfig, folder: Path) -> str:

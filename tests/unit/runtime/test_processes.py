@@ -20,6 +20,7 @@ from runtime.processes import (
     EventWriter,
     ProcessId,
     connected_process,
+    cpu_seconds,
     describe_exit,
     listening_process,
     outgoing_ports,
@@ -37,6 +38,16 @@ def test_a_process_id_knows_its_own_process_only() -> None:
     assert not ProcessId(own.pid, own.started_ticks + 1).is_running
     assert not ProcessId(own.pid, own.started_ticks + 1).send_signal(signal.SIGKILL)  # or this test would be gone
     assert (resident_bytes(own.pid) or 0) > 1 << 20
+
+
+def test_the_cpu_time_of_a_process_grows_while_it_works() -> None:
+    before = cpu_seconds(os.getpid())
+    assert before == pytest.approx(sum(os.times()[:2]), abs=0.1)
+    while cpu_seconds(os.getpid()) == before:
+        pass
+    child = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    child.wait()
+    assert cpu_seconds(child.pid) == 0.0
 
 
 def test_a_zombie_does_not_run() -> None:
