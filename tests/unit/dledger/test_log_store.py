@@ -273,7 +273,11 @@ def test_any_damage_is_cut_without_evidence_and_reported_with_it(
     if mark >= bad:
         before = {path.name: path.read_bytes() for path in (work / "log").iterdir()}
         damaged = recover_log(files, str(work), SEGMENT, mark)
-        assert damaged.faults[0].first_index == bad
+        # Without rows, only both sides of a segment's end say together that the segment before it is the log's own.
+        starts = [entry.index for entry in entries if entry.position % SEGMENT == 0]
+        hit = {entry.index for entry in entries if entry.position < damage_end and entry.end > offset}
+        first = damaged.faults[0].first_index
+        assert first == bad or (first < bad and first in starts and hit & {*starts, *(start - 1 for start in starts)})
         assert damaged.last.index == entries[-1].index or damaged.faults[-1].is_open or damaged.bytes_cut
         if not damaged.bytes_cut:
             assert {path.name: path.read_bytes() for path in (work / "log").iterdir()} == before
