@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import zlib
+from array import array
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from broker.key_index import index_key
 from broker.processors.send_back import SendBackProcessor
 from broker.records import decode_record
 from broker.testing import MemoryConnection
@@ -306,6 +308,39 @@ def test_a_batch_is_stored_as_ordinary_messages(node: Node) -> None:
     assert all(message.properties["CLUSTER"] == "DefaultCluster" for message in messages)
     assert messages[1].properties["TAGS"] == "TagA"
     assert len({message.properties["UNIQ_KEY"] for message in messages}) == 3
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_nothing_is_taken_from_the_properties_of_the_message_before(node: Node, tmp_path: Path, batched: bool) -> None:
+    """What the last property string means is remembered around its UNIQ_KEY, by leader and follower."""
+    with_topic(node, "T")
+    usual = "WAIT\x01true\x02UNIQ_KEY\x01{}\x02TAGS\x01x\x02"
+    layouts = [
+        (usual, [], "x"),
+        (usual, [], "x"),
+        ("WAIT\x01true\x02UNIQ_KEY\x01{}\x02KEYS\x01k1\x02TAGS\x01x\x02", ["k1"], "x"),
+        (usual, [], "x"),
+        ("KEYS\x01kkkk\x02UNIQ_KEY\x01{}\x02TAGS\x01x\x02", ["kkkk"], "x"),
+        (usual, [], "x"),
+        ("WAIT\x01true\x02UNIQ_KEY\x01{}\x02TAGS\x01y\x02", [], "y"),
+    ]
+    sent = [(b"body", layout.format(f"U{number}")) for number, (layout, _words, _tag) in enumerate(layouts)]
+    if batched:
+        node.send_now("T", batch_body(*sent), code=320, batch=True)
+    else:
+        for body, properties in sent:
+            node.put("T", body, properties)
+            node.settle()
+    other = make_node(tmp_path / "other", leading=False)
+    copy_entries(node.group, other.group)
+    other.group.commit()
+    words = [word for number, (_, keys, _tag) in enumerate(layouts) for word in (f"U{number}", *keys)]
+    for each in (node, other):
+        hashes = array("I", each.state.index.snapshot()["hashes"])
+        assert hashes.tolist() == [index_key(b"T", word.encode()) for word in words]
+        units = each.state.queues.units("T", 0, 0, len(layouts))
+        codes = [int.from_bytes(units[at + 12 : at + 20], signed=True) for at in range(0, len(units), 20)]
+        assert codes == [tags_code(tag) for _, _, tag in layouts]
 
 
 def test_a_batch_leaves_nothing_of_its_own_properties_behind(node: Node) -> None:
