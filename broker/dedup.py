@@ -1,10 +1,11 @@
 """The dedup window: a client's second send of a message gets the first one's result (design 4, raft.md 4.10).
 
 (topic, UNIQ_KEY, body CRC) -> physical offset, in two generations that rotate. Keys are added when an entry is staged,
-so pending sends are in it too, and the answer to a duplicate then waits for the original's commit. Age is judged by
-store timestamps in the log, hence alike on every replica; the table holds hashes only, so a hit is verified against the
-record, and a key under which another message stands already goes to the next free one. Only what clients send is in it:
-retries, delayed deliveries and dead letters reuse the key legitimately.
+so pending sends are in it too, and the answer to a duplicate then waits for the original's commit. Generations rotate
+by store timestamps in the log, hence alike on every replica, but each forgets by itself what nobody adds to any more.
+The table holds hashes only, so a hit is verified against the record, its age included, and a key under which another
+message stands already goes to the next free one. Only what clients send is in it: retries, delayed deliveries and dead
+letters reuse the key legitimately.
 
 With each checkpoint of the tables the keys applied since the last one are appended to a file per generation, 16 bytes a
 key. A start loads them and need not read the last minute of the log again (decision record 0007).
@@ -151,7 +152,7 @@ class DedupWindow:
 
     def entry_applied(self, index: int, last_store_ms: int, keys: list[int], start: int) -> None:
         """Keys of a committed entry, which begins at `start`, are here to stay. Rotates when the current generation is
-        old or full: a function of committed entries only."""
+        old or full: by what is committed only."""
         if not self.enabled:
             return
         if keys and keys[-1] not in self.current:

@@ -112,8 +112,8 @@ class Tries:
     def take(self) -> tuple[str, Command] | None:
         """(address, answer) of a node that has answered, each once. Never waits.
 
-        Raises ConnectionLost once for each connection that ended instead, LedElsewhere once for each silent node that
-        was left behind.
+        Raises ConnectionLost once for each connection that ended instead, LedElsewhere once when silent nodes were
+        left behind.
         """
         if self._event.is_set():
             self._event = trio.Event()

@@ -168,6 +168,16 @@ class Producer:
             message.properties[PROPERTY_UNIQ_KEY] = self._client.next_unique_key()
         message.properties.setdefault(PROPERTY_WAIT, "true")
 
+    def _complete(self, message: Message, batch: Sequence[Message] | None) -> bytes:
+        """Add what every stored message has; returns the body to send. A batch goes by the id of its first message."""
+        if batch is None:
+            self._prepare(message)
+            return message.body
+        for item in batch:
+            self._prepare(item)
+        message.properties[PROPERTY_UNIQ_KEY] = batch[0].properties[PROPERTY_UNIQ_KEY]
+        return encode_batch(batch)
+
     def _request(
         self, message: Message, code: int, body: bytes, queue: MessageQueue, born_ms: int, properties: str
     ) -> Command:
@@ -210,7 +220,7 @@ class Producer:
         targets: dict[str, MessageQueue] = {}
         chosen: MessageQueue | None = queue
         properties: str | None = None
-        body = message.body
+        body = b""
         code = RequestCode.SEND_MESSAGE_V2 if batch is None else RequestCode.SEND_BATCH_MESSAGE
         count = 1 if batch is None else len(batch)
         if not self.has_sent:
@@ -225,13 +235,7 @@ class Producer:
                     break
                 if properties is None:
                     # Here, because the id holds our address, which is known once a name server is connected.
-                    if batch is None:
-                        self._prepare(message)
-                    else:
-                        for item in batch:
-                            self._prepare(item)
-                        message.properties[PROPERTY_UNIQ_KEY] = batch[0].properties[PROPERTY_UNIQ_KEY]
-                        body = encode_batch(batch)
+                    body = self._complete(message, batch)
                     if selector is not None:
                         chosen = selector(route.writable, message)
                     properties = properties_to_string(message.properties)

@@ -1,9 +1,10 @@
 """Sends: SEND_MESSAGE, SEND_MESSAGE_V2, SEND_BATCH_MESSAGE, and one-way (semantics.md 2).
 
 `handle_send` is the hottest function of the broker. An ordinary message takes one straight way through it: header
-decoded in C, topic found in a cache, record encoded into the open batch, rows and a waiter appended to lists. Whatever
-is not ordinary (unknown topic, batch, delay, refusal, duplicate, IPv6) leaves it for `_send_slowly`, which makes all
-checks in RocketMQ's order. The cache holds only topics whose committed configuration has no pending change.
+decoded in C, topic found in a cache, record encoded into the open batch, rows and a waiter appended to lists. A
+client's batch leaves it for `send_batch`, and whatever is not ordinary (unknown topic, delay, refusal, duplicate, IPv6)
+for `_send_slowly`, which makes all checks in RocketMQ's order. The cache holds only topics whose committed
+configuration has no pending change.
 """
 
 from __future__ import annotations

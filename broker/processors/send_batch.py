@@ -103,15 +103,15 @@ class BatchSender:
         rows = staged.positions
         records: list[bytes] = []
         positions: list[int] = []
-        for flag, message, properties, unique, body_crc, (tags_code, words, _is_ordinary) in messages:
-            body_bytes = len(message)
+        for flag, content, properties, unique, body_crc, (tags_code, words, _is_ordinary) in messages:
+            body_bytes = len(content)
             properties_bytes = len(properties)
             size = overhead_bytes + body_bytes + properties_bytes
             records.append(
                 b"".join(
                     (
                         pack_head(size, magic, body_crc, queue_id, flag, queue_offset, physical, fixed, body_bytes),
-                        message,
+                        content,
                         topic_part,
                         _pack_length(properties_bytes + len(suffix)),
                         properties,
@@ -157,19 +157,19 @@ class BatchSender:
         limit = self._config.max_properties_bytes - len(self._suffix)
         before, key_start, behind, key_end, shape_facts = self._facts.shape
         messages: list[_Message] = []
-        for flag, message, properties in iter_batch(body):
+        for flag, content, properties in iter_batch(body):
             unique = properties[key_start:key_end]
             if properties[:key_start] == before and properties[key_end:] == behind and unique.isalnum():
                 facts = shape_facts
             else:
                 properties, unique, facts = self._appender.keyed(properties)
                 before, key_start, behind, key_end, shape_facts = self._facts.shape
-            if not message or not unique or len(properties) > limit:
+            if not content or not unique or len(properties) > limit:
                 raise BodyError("a message of the batch is empty, or its properties are too long or broken")
             if not facts[2] and int_or_zero(find_property(properties, b"DELAY\x01")) > 0:
                 raise BodyError("messages of a batch cannot be delayed")
-            total_bytes += overhead_bytes + len(message) + len(properties)
+            total_bytes += overhead_bytes + len(content) + len(properties)
             if total_bytes > room:
                 raise TooLarge("the stored form of the batch is larger than an entry may be")
-            messages.append((flag, message, properties, unique, _crc32(message) & 0x7FFFFFFF, facts))
+            messages.append((flag, content, properties, unique, _crc32(content) & 0x7FFFFFFF, facts))
         return messages, total_bytes
