@@ -197,8 +197,8 @@ class LifeCycle:
             self.counters["reopened"] += 1
             self._log.warning("opening the log anew", reason=reason)
             await self._before_reopen()
-            await self._save_served(meta)
             await self._finish_install(meta)
+            await self._save_served(meta)
             if clock.monotonic() - began > REOPEN_SECONDS_MAX:
                 pause = REOPEN_SECONDS_MIN
             else:  # what was mended is damaged again at once: do not wear the disk out
@@ -237,7 +237,7 @@ class LifeCycle:
         out to be damaged. Whatever it was that ended the run.
         """
         served_index, self._served_index = self._served_index, None
-        if served_index is None or self._config.flush != "async" or self._pulled is not None:
+        if served_index is None or self._config.flush != "async":
             return
         while not self._is_stopping:
             try:
@@ -265,7 +265,7 @@ class LifeCycle:
             self._log.error("no room to install segments", error=str(error))
             return
         self._misfits = 0
-        self._last_written = None  # that was in another log
+        self._served_index = self._last_written = None  # both were of another log
         self.counters["installs"] += 1
         self._log.info("segments installed", last_index=pulled.last_index)
 

@@ -8,13 +8,15 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import trio
 
+from dledger import lifecycle
 from dledger.core.membership import AddLearner, Remove
-from dledger.errors import LedgerError, StoreFailed
+from dledger.errors import LedgerError, LogDamaged, StoreFailed
 from dledger.fetch import FetchServer
 from dledger.store.checkpoint import read_checkpoint, write_checkpoint
 from dledger.store.faults import EntryDamaged, FaultyRange
@@ -115,6 +117,37 @@ async def test_acknowledged_entries_that_turn_out_damaged_before_their_sync_are_
         await toy.level()
         assert node.machine.applied == others[0].machine.applied
         await wait_until(lambda: not node.running.statistics().recovering, what="the leader's confirmation")
+
+
+@pytest.mark.parametrize("do_they_fit", [False, True])
+async def test_what_was_acknowledged_is_vouched_for_unless_fetched_segments_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, do_they_fit: bool
+) -> None:
+    marks: list[int] = []
+    save_mark = MetaFile.save_mark
+
+    async def save_and_note(meta: MetaFile, durable_index: int, *, clean: bool = False) -> None:
+        marks.append(durable_index)
+        await save_mark(meta, durable_index, clean=clean)
+
+    async def finish(*_: object) -> None:
+        await trio.lowlevel.checkpoint()
+        if not do_they_fit:
+            raise LogDamaged("they do not fit")
+
+    monkeypatch.setattr(lifecycle, "finish_install", finish)
+    monkeypatch.setattr(lifecycle, "is_useful", lambda store, pulled: True)
+    async with cluster(tmp_path, flush_interval_ms=60_000) as toy:
+        await toy.put(b"one")
+        await toy.level()
+        node = await a_follower(toy)
+        life, driver = node.running._life, node.running._driver
+        assert driver is not None and driver.store.durable_index < driver.store.written_index == 2
+        monkeypatch.setattr(MetaFile, "save_mark", save_and_note)
+        life._pulled = cast(Any, SimpleNamespace(last_index=2))
+        driver.reopen("segments fetched")
+        await wait_until(lambda: node.running._driver not in (None, driver), what="the next run")
+        assert marks == ([] if do_they_fit else [2])
 
 
 async def test_vote_found_in_the_page_cache_is_on_the_disk_before_it_counts() -> None:
