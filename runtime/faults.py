@@ -435,6 +435,14 @@ class FaultyFile(RealFile):
         else:
             self._inode.truncate(nbytes)
 
+    def is_at(self, path: str) -> bool:
+        """As `RealFile.is_at`: the private memory itself is nowhere."""
+        inode = self._inode
+        if inode is None:
+            return super().is_at(path)
+        with inode.folder.names_lock:
+            return inode.folder.names.get(path) is inode
+
     def close(self) -> None:
         """As `RealFile.close`. What is unsynced stays, as in a page cache."""
         is_open = self._descriptor >= 0

@@ -148,6 +148,24 @@ def test_renames_and_removals_need_their_folder_synced(lossy: Disk) -> None:
     assert lossy.files.read_bytes(lossy.path("b")) == b"a"
 
 
+@pytest.mark.parametrize("faults", [{"lose_unsynced": True}, {}], ids=["lossy", "plain"])
+def test_a_file_is_where_it_was_opened_until_it_moves_or_goes(tmp_path: Path, faults: dict[str, object]) -> None:
+    disk = Disk(tmp_path, **faults)
+    disk.synced("a", b"a")
+    old, new = disk.files.open(disk.path("a")), disk.files.open(disk.path("new"), create=True)
+    assert old.is_at(disk.path("a")) and not old.is_at(disk.path("new")) and not old.is_at(disk.path("never"))
+    assert new.is_at(disk.path("new")), "also before its name is durable"
+    disk.files.sync_dir(str(disk.folder))
+    assert new.is_at(disk.path("new"))
+    disk.files.rename(disk.path("new"), disk.path("a"))
+    assert new.is_at(disk.path("a")) and not new.is_at(disk.path("new")) and not old.is_at(disk.path("a"))
+    disk.files.sync_dir(str(disk.folder))
+    disk.files.unlink(disk.path("a"))
+    assert not new.is_at(disk.path("a"))
+    for file in (old, new):
+        file.close()
+
+
 def test_a_rename_across_folders_needs_both_synced(lossy: Disk) -> None:
     for sub in ("one", "two"):
         lossy.files.make_dirs(lossy.path(sub))
