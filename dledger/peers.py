@@ -366,7 +366,7 @@ class Peers:
                     link.close()
         if self._nursery is not None:
             for name in added:
-                self._nursery.start_soon(self._keep_dialled, name)
+                self._dial(self._nursery, name)
 
     def send(self, peer: str, message: Message) -> None:
         """Answers on the connection the question came by, everything else on our own. Dropped when there is none."""
@@ -447,7 +447,7 @@ class Peers:
             nursery.start_soon(self._accept, listener)
             nursery.start_soon(self._watch)
             for peer in self._addresses:
-                nursery.start_soon(self._keep_dialled, peer)
+                self._dial(nursery, peer)
             self._nursery = nursery
 
     def _complain(self, who: str, what: str) -> None:
@@ -462,10 +462,13 @@ class Peers:
 
     # Dialling
 
-    async def _keep_dialled(self, peer: str) -> None:
-        """Until the peer is a member no more."""
-        with trio.CancelScope() as scope:
-            self._dialling[peer] = scope
+    def _dial(self, nursery: trio.Nursery, peer: str) -> None:
+        """Until the peer is a member no more, which it may be before the task takes its first step."""
+        scope = self._dialling[peer] = trio.CancelScope()
+        nursery.start_soon(self._keep_dialled, peer, scope)
+
+    async def _keep_dialled(self, peer: str, scope: trio.CancelScope) -> None:
+        with scope:
             await self._dial_for_ever(peer)
 
     async def _dial_for_ever(self, peer: str) -> None:
@@ -474,6 +477,7 @@ class Peers:
         since_loss = HARD_LOSS_ATTEMPTS
         turn = 0
         while True:
+            await trio.lowlevel.checkpoint_if_cancelled()  # else its addresses are here
             refused = False
             link = None
             places = self._addresses[peer]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from attrs import evolve
 
 from dledger.config import GroupConfig
@@ -215,6 +216,19 @@ async def test_members_in_force_are_dialled_and_those_that_went_are_let_go(tmp_p
         assert not peers.is_connected("n1")
         peers.set_members({"n0": found[0].listener.address, "n1": found[1].listener.address})
         await wait_until(lambda: peers.is_connected("n1"), what="the new connection")
+
+
+async def test_a_member_that_comes_and_goes_in_one_step_is_not_dialled(tmp_path: Path) -> None:
+    """As a node sees it that catches up: the log brings both changes before another task has had its turn."""
+    async with members(tmp_path) as found:
+        await connected(found)
+        peers = found[0].peers
+        addresses = {one.peers._config.node_id: one.listener.address for one in found}
+        for _ in range(2):
+            peers.set_members({**addresses, "n4": ("127.0.0.1", 1)})
+            peers.set_members(addresses)
+        await trio.testing.wait_all_tasks_blocked()
+        assert set(peers._dialling) == set(addresses) - {"n0"}
 
 
 async def test_lost_peer_is_hard_only_when_it_refuses(tmp_path: Path) -> None:
