@@ -520,7 +520,9 @@ class Supervisor:
             slot.wake.set()
         for kind in ("broker", "namesrv"):  # a broker signs off at the name servers, so these go last
             slots = [slot for slot in self._slots.values() if slot.node.kind == kind]
-            self._signal(slots, signal.SIGINT)
+            # One that is still loading has no handlers yet: SIGINT would leave a traceback in its stderr.
+            self._signal([slot for slot in slots if slot.ready.is_set()], signal.SIGINT)
+            self._signal([slot for slot in slots if not slot.ready.is_set()], signal.SIGTERM)
             with self._env.clock.move_on_after(STOP_WITHIN_S):
                 await self._wait_ended(slots)
             self._signal(slots, signal.SIGKILL)

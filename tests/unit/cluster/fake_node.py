@@ -2,7 +2,7 @@
 
 DATA/leader holds "n1 2": that node leads in that term. DATA/n1.exit holds words and an exit code to end with at once.
 DATA/n1.filled, where there, has n1 say that it has been filled. While DATA/n1.late is there, n1 is not ready: it works
-where that says "work", else it waits.
+where that says "work", else it waits. While DATA/n1.loading is there, n1 has not even its signal handlers.
 """
 
 import json
@@ -28,6 +28,8 @@ def main() -> None:
         words, code = order.read_text().rsplit(" ", 1)
         sys.stderr.write(words + "\n")
         sys.exit(int(code))
+    while (data / f"{name}.loading").exists():
+        time.sleep(0.05)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
     (data / name / "raft").mkdir(parents=True, exist_ok=True)

@@ -256,6 +256,18 @@ async def test_a_start_may_take_long_while_a_node_is_at_work(
         await again.run()
 
 
+async def test_a_stop_while_a_node_is_loading_leaves_no_traceback(env: Env, tmp_path: Path) -> None:
+    (tmp_path / "n2.loading").touch()
+    (tmp_path / "leader").write_text("n1 1")
+    layout = Layout(str(tmp_path))
+    supervisor = Supervisor(env, await free_config(env), layout, on_event=lambda event: None, command=FAKE)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(supervisor.run)
+        await wait_until(lambda: (tmp_path / "n2.starts").exists(), limit=20, what="n2 to be started")
+        supervisor.request_stop()
+    assert env.files.read_bytes(layout.stderr("n2")) == b""
+
+
 async def refusal(env: Env, config: ClusterConfig, folder: Path) -> str:
     supervisor = Supervisor(env, config, Layout(str(folder)), on_event=lambda event: None, command=FAKE)
     with pytest.raises(UpRefused) as raised:
