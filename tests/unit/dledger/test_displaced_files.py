@@ -21,6 +21,7 @@ def is_whole(node: Node) -> bool:
     return node.group is not None and node.running.is_serving and node.running.statistics().counters["reopened"] > 0
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("displace", [Path.unlink, truncate])
 @pytest.mark.parametrize("number", [1, -1])
 async def test_scenario_10_a_file_lost_under_a_running_node_comes_back_from_its_peers(

@@ -155,6 +155,7 @@ async def test_node_below_the_first_index_is_filled_killed_half_way_and_goes_on(
         assert not (node.folder / "incoming").exists()
 
 
+@pytest.mark.chaos
 async def test_a_log_that_differs_is_filled_by_segments_however_long_it_is(tmp_path: Path) -> None:
     """An ex-leader's uncommitted tail of many small entries may reach as far as the segments that replace it."""
     async with cluster(tmp_path) as toy:
@@ -246,6 +247,7 @@ async def test_full_disk_holds_a_transfer_up_and_ends_nobody(tmp_path: Path, mon
         assert_same_logs(toy)
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("lie", ["a part", "the manifest"])
 async def test_a_source_of_garbage_does_not_keep_a_node_from_being_filled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lie: str
@@ -294,6 +296,7 @@ async def test_damage_that_the_peers_have_trimmed_is_replaced_by_segments(tmp_pa
         await wait_until(lambda: not node.running.statistics().recovering, what="the leader's confirmation")
 
 
+@pytest.mark.chaos
 async def test_segments_that_end_before_the_own_mark_are_no_new_damage(tmp_path: Path) -> None:
     """All that is reached is a member that was away for the last entries: nothing of them is missing from *its* log."""
     async with cluster(tmp_path) as toy:

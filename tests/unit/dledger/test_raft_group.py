@@ -354,6 +354,7 @@ async def test_cluster_uuid_of_the_folder_counts_when_none_is_configured(tmp_pat
         await toy.put(b"two")
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("seed", [1, 2, 3])
 async def test_random_kills_lose_nothing_that_was_acknowledged(tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)

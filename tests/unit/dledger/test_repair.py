@@ -189,6 +189,7 @@ async def test_scenario_10_two_nodes_damaged_at_different_places_mend_each_other
         assert_identical(toy)
 
 
+@pytest.mark.chaos
 async def test_what_nobody_can_supply_keeps_the_node_out_and_is_said(tmp_path: Path) -> None:
     async with cluster(tmp_path) as toy:
         await fill(toy, 20)
@@ -279,6 +280,7 @@ async def test_damaged_end_is_cut_only_when_a_peer_has_it_and_a_leader_confirms_
         await wait_until(lambda: not node.running.statistics().recovering, what="the confirmation")
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("is_stopped_in_order", [True, False])
 async def test_damaged_end_whose_last_entry_is_known_is_mended(tmp_path: Path, is_stopped_in_order: bool) -> None:
     """The side row proves which entry it was. Only a stop in order proves that no later one was acknowledged."""
@@ -359,6 +361,7 @@ async def begin_damaged_alike(toy: ToyCluster) -> None:
     )
 
 
+@pytest.mark.chaos
 async def test_what_nobody_can_supply_is_given_up_by_the_operators_word(tmp_path: Path) -> None:
     async with cluster(tmp_path) as toy:
         await fill(toy, 20)
@@ -409,6 +412,7 @@ async def test_what_was_given_up_comes_back_from_who_still_has_it(tmp_path: Path
         assert len(whole.machine.applied) == count + 1, "whoever had most was elected"
 
 
+@pytest.mark.chaos
 async def test_tables_are_not_given_up_with_the_entries(tmp_path: Path) -> None:
     """The log before was trimmed, and no checkpoint is of an entry before the damage: a cut would leave nothing."""
     async with cluster(tmp_path) as toy:

@@ -296,6 +296,7 @@ async def test_a_disk_that_fills_up_forces_a_trim_and_counts_what_it_lost(
         assert leader.machine.trims == [2 * SEGMENT], "it waits for the removal, and does not ask for more meanwhile"
 
 
+@pytest.mark.chaos
 async def test_a_node_without_a_leader_trims_alone_and_leads_only_after_the_group(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,6 +326,7 @@ async def test_a_node_without_a_leader_trims_alone_and_leads_only_after_the_grou
         await wait_until(lambda: lone.running.statistics().disk_ok, what="the group's trim")
 
 
+@pytest.mark.chaos
 async def test_a_node_that_trimmed_alone_and_leads_after_all_trims_the_group_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -444,6 +446,7 @@ async def test_nothing_is_removed_on_the_word_of_an_entry_that_a_power_loss_may_
         await wait_until(lambda: node.running.first_position == SEGMENT, what="segments to go")
 
 
+@pytest.mark.chaos
 async def test_who_trimmed_alone_knows_it_after_a_restart_until_the_group_has_trimmed_as_much(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -498,6 +501,7 @@ def test_a_note_that_cannot_be_read_stands_for_all_that_is_gone(tmp_path: Path) 
     assert read_lone_trim(files, folder, 5 * SEGMENT) is None
 
 
+@pytest.mark.chaos
 async def test_a_note_for_which_there_is_no_room_follows_the_removal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
