@@ -203,7 +203,7 @@ class ReplicasMachine(RuleBasedStateMachine):
 
 
 ReplicasMachine.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestReplicas = ReplicasMachine.TestCase
 

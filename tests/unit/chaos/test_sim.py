@@ -143,6 +143,7 @@ def test_sim_reports_totals_as_json(runner: CliRunner) -> None:
     assert lines[2]["broken"] == [] and lines[2]["entries"] == lines[0]["entries"] + lines[1]["entries"]
 
 
+@pytest.mark.chaos
 def test_sim_in_two_processes_finds_the_same(runner: CliRunner) -> None:
     alone = runner.invoke(commands.chaos_group, ["sim", "--seeds", "3", "--start", "7", "--json"])
     together = runner.invoke(commands.chaos_group, ["sim", "--seeds", "3", "--start", "7", "--json", "--jobs", "2"])

@@ -179,6 +179,7 @@ async def test_a_node_that_ends_at_start_is_shown_with_its_last_words(env: Env, 
     assert not identity.groups["broker-a"].is_formatted  # so the next start may format again
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize(
     ("states", "is_left_alone"), [(("repairing", "serving"), True), (("serving", "serving"), False)]
 )
@@ -228,6 +229,7 @@ async def test_nodes_that_mend_their_logs_are_left_to_it(
         await ended.wait()
 
 
+@pytest.mark.cluster
 async def test_a_start_may_take_long_while_a_node_is_at_work(
     env: Env, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -382,6 +384,7 @@ async def test_nodes_that_lost_most_of_a_running_group_are_not_started_until_the
     assert not [event for event in events if event.kind == "exited"]
 
 
+@pytest.mark.cluster
 async def test_a_folder_that_is_being_filled_counts_as_lost_until_it_has_all(env: Env, tmp_path: Path) -> None:
     events: list[Event] = []
 

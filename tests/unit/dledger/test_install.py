@@ -365,6 +365,7 @@ async def test_lost_checkpoints_of_a_trimmed_log_come_from_a_peer_with_its_segme
         assert node.running.statistics().counters["installs"] == 1
 
 
+@pytest.mark.chaos
 async def test_scenario_23_blank_and_lagging_nodes_elect_nobody(tmp_path: Path) -> None:
     async with cluster(tmp_path) as toy:
         await fill(toy, 2)

@@ -111,6 +111,7 @@ def flip_two_segments(node: Node) -> None:
     flip(path, frames(path)[1][0] + HEADER_BYTES)
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize(
     "damage",
     [flip_body, flip_header, flip_first_frame, truncate, blank_out, remove, older_copy, flip_two_segments],

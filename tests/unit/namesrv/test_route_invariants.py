@@ -116,4 +116,4 @@ class Brokers(RuleBasedStateMachine):
 
 
 TestBrokers = Brokers.TestCase
-TestBrokers.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestBrokers.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
