@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 MUTANTS: list[dict[str, Any]] = tomllib.loads((ROOT / "tests" / "mutants.toml").read_text(encoding="utf-8"))["mutant"]
 COPIED = ("runtime", "remoting", "dledger", "namesrv", "broker", "quorate", "cluster", "chaos", "tests")
 COMPILED = ("runtime", "dledger", "tests/paper", "tests/unit/dledger")
-LIMIT_S = 60
+LIMIT_S = 25
 WORKERS = 2
 SCENARIOS = range(1, 34)
 
