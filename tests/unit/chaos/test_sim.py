@@ -120,7 +120,7 @@ def test_a_planted_bug_is_found(bug: Bug) -> None:
     assert any(found), "look for another seed: python -m tests.unit.chaos.planted"
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("bug", PLANTED, ids=lambda bug: bug.__name__)
 def test_a_planted_bug_is_found_soon(bug: Bug) -> None:
