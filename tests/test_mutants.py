@@ -26,7 +26,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MUTANTS: list[dict[str, Any]] = tomllib.loads((ROOT / "tests" / "mutants.toml").read_text(encoding="utf-8"))["mutant"]
 COPIED = ("runtime", "remoting", "dledger", "namesrv", "broker", "quorate", "cluster", "chaos", "tests")
-COMPILED = ("runtime", "dledger", "tests/paper", "tests/unit/dledger")
+COMPILED = ("runtime", "remoting", "dledger", "broker", "quorate", "cluster", "chaos", "tests")
 LIMIT_S = 25
 WORKERS = 2
 SCENARIOS = range(1, 34)
@@ -37,7 +37,7 @@ SCENARIOS = range(1, 34)
 # ended. No bytecode is kept: two patches of one file in the same second would share it.
 SERVER = """
 import os, sys
-import attrs, cbor2, msgspec, pytest, trio, trio.testing
+import attrs, cbor2, hypothesis, msgspec, pytest, pytest_timeout, pytest_trio, trio, trio.testing
 import dledger.errors
 assert dledger.errors.__file__.startswith(sys.argv[1]), "the copy is not what Python imports there"
 del sys.modules["dledger.errors"], sys.modules["dledger"]
@@ -52,7 +52,8 @@ for line in sys.stdin:
         os._exit(ended)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-OPTIONS = ("-q", "-x", "-m", "", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
+OPTIONS = ("-q", "-x", "-m", "", "--assert=plain", "-p", "no:cacheprovider")
+"""Plain assertions: rewriting them would compile the tests anew for each patch."""
 
 
 class Copy:
