@@ -195,8 +195,15 @@ async def test_slow_writes_leave_the_loop_and_the_leader_stays(tmp_path: Path) -
         assert load.promises.failures == []
 
 
-@pytest.mark.parametrize("flush", ["sync", "async"])
-@pytest.mark.parametrize("which", ["both followers", "all"])
+@pytest.mark.parametrize(
+    ("which", "flush"),
+    [
+        ("both followers", "async"),
+        ("all", "sync"),
+        pytest.param("both followers", "sync", marks=pytest.mark.slow),
+        pytest.param("all", "async", marks=pytest.mark.slow),
+    ],
+)
 async def test_disks_full_on_most_nodes_stop_sends_until_there_is_room(tmp_path: Path, flush: str, which: str) -> None:
     """Nothing is acknowledged that only one node could write, nobody dies, and room alone ends it."""
     env = real_env()
@@ -258,6 +265,7 @@ async def lead(env: Env, running: Cluster, name: str) -> None:
     await env.run_in_thread(wait_for, leads, RELIEVED_WITHIN_S, f"{name} leads", STATUS_EVERY_S)
 
 
+@pytest.mark.slow
 async def test_the_smallest_disk_decides_what_is_kept(tmp_path: Path) -> None:
     """A follower's disk fills up, the leader's does not: the group trims before that node takes no messages."""
     env = real_env()
