@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from attrs import evolve
 
+from dledger.core.types import BadFrame, parse_entry
 from dledger.errors import LogDamaged
 from dledger.fetch import FetchClient
 from dledger.store.faults import FaultyRange
@@ -24,7 +25,7 @@ async def widened(client: FetchClient, peer: str, own: LogStore, fault: FaultyRa
     """The range from behind the last entry in common on, for one whose predecessor `peer` says it does not have. None
     where the peer does not say, or the predecessor is that entry. Checkpoint."""
     low, high = own.first_index - 1, fault.first_index - 1
-    if low >= high or not await _has(client, peer, own, low):
+    if low >= high or await _has(client, peer, own, high) is not False or not await _follows(client, peer, own, low):
         return None
     while high - low > 1:
         index = _intact(own, low, high)
@@ -51,14 +52,22 @@ def _intact(own: LogStore, low: int, high: int) -> int | None:
 
 
 async def _has(client: FetchClient, peer: str, own: LogStore, index: int) -> bool | None:
-    """Whether a peer has this entry, and one behind it; None where it does not say."""
+    """Whether a peer has this entry of ours; None where it does not say."""
     try:
-        crc = own.head_crc_at(index)
+        (entry,) = own.entries(index, 1)[:1]
     except LogDamaged:
-        return False  # nor can anything be built on it
-    if crc is None:
-        return False
-    answer = await client.ask(peer, FetchKind.ENTRIES, index + 1, index + 1, crc)
-    if answer.is_ok:
-        return True
-    return False if answer.status in _NOT_THERE else None
+        return False  # nothing can be built on it
+    answer = await client.ask(peer, FetchKind.ENTRIES, index, index, entry.prev_crc)
+    if not answer.is_ok:
+        return False if answer.status in _NOT_THERE else None
+    try:
+        return parse_entry(answer.data).head_crc == entry.head_crc
+    except BadFrame:
+        return None
+
+
+async def _follows(client: FetchClient, peer: str, own: LogStore, index: int) -> bool:
+    """Whether a peer says that it has something that follows what our log begins behind."""
+    crc = own.head_crc_at(index)
+    assert crc is not None
+    return (await client.ask(peer, FetchKind.ENTRIES, index + 1, index + 1, crc)).is_ok

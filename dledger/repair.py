@@ -15,6 +15,7 @@ mend each other.
 * Damage beside an older copy of a segment: no peer has the entry before it. The range is widened to begin behind the
   last entry in common, and to end where a later range does (`dledger.divergence`).
 * Entries that so many voters definitely never had that no quorum can have them were never committed: cut, as above.
+  The first ones of such a range, which one of these voters does have, may be: they are written in its place.
 * Trimmed by the peers meanwhile: whole segments and a checkpoint take the log's place (`dledger.install`).
 * Else nobody can supply them now. The node goes on asking, and says so once a minute; it never skips an entry. Only an
   operator can give them up: then the log is cut where the first of them was, as above.
@@ -71,7 +72,11 @@ class _Found:
     differing: list[str] = field(factory=list)
     """Peers that do not have these entries, be it for certain or not."""
     absent: dict[str, str] = field(factory=dict)
-    """Peers that never had these entries, and how they said so."""
+    """Peers that never had all of these entries, and how they said so."""
+    front: list[Entry] = field(factory=list)
+    """The first of these entries, as far as one of `absent` has them: `front_of`. Of several such peers the one whose
+    are of the greater term, then the longer ones: it has whatever of them is committed (Raft 5.4.1)."""
+    front_of: str | None = None
     gone: set[str] = field(factory=set)
     others: dict[str, str] = field(factory=dict)
 
@@ -194,9 +199,10 @@ class RepairPhase:
             elif await self._write_wider(fault, found):
                 return Mended.REOPEN
             elif found.has_as_much is not None or self._was_never_committed(found):
-                fault = await self._from_divergence(fault, found)
-                await self._cut(fault, found, "damaged end of the log cut; a leader has to confirm the rest")
-                return Mended.REOPEN
+                rest = await self._keep_front(await self._from_divergence(fault, found), found)
+                if rest is not None:
+                    await self._cut(rest, found, "damaged end of the log cut; a leader has to confirm the rest")
+                    return Mended.REOPEN
             is_trimmed = is_trimmed or bool(found.gone)
             is_everybody_asked = {self._node_id, *found.absent, *found.others} >= set(self._voters)
             left.append((fault, found))
@@ -230,6 +236,8 @@ class RepairPhase:
                 found.differing.append(peer)
             if status is FetchStatus.ABSENT:
                 found.absent[peer] = reason
+                if _how_far(entries) > _how_far(found.front):
+                    found.front, found.front_of = entries, peer
             elif status is FetchStatus.GONE:
                 found.gone.add(peer)
                 found.others[peer] = reason
@@ -294,6 +302,19 @@ class RepairPhase:
             return fault
         wide = [await widened(self._client, peer, own, fault) or fault for peer in found.absent]
         return max(wide, key=lambda each: each.first_index)
+
+    async def _keep_front(self, fault: FaultyRange, found: _Found) -> FaultyRange | None:
+        """What is left to be cut of a range whose last entries were never committed: its first ones may be, and a
+        peer's stay in their place. None where they cannot be written now."""
+        if not found.front or found.has_as_much is not None:
+            return fault
+        last = found.front[-1]
+        front = evolve(fault, last_index=last.index, end=last.end, next_crc=last.head_crc)
+        # Nothing proves that they are those that were here.
+        await self._meta.save_recovering(True)
+        if not await self._write(front, _Found(found.front, found.front_of), was_open=True):
+            return None
+        return evolve(fault, first_index=last.index + 1, position=last.end, prev_crc=last.head_crc)
 
     async def _write(self, fault: FaultyRange, found: _Found, *, was_open: bool) -> bool:
         """Put a peer's entries in place of a range; False where that fails, and may succeed later. `was_open`: of its
@@ -369,6 +390,10 @@ class RepairPhase:
             supplier=found.has_as_much,
             never_had=sorted(found.absent),
         )
+
+
+def _how_far(entries: list[Entry]) -> tuple[int, int]:
+    return (entries[-1].term, len(entries)) if entries else (0, 0)
 
 
 def _why(fault: FaultyRange, found: _Found) -> str:

@@ -273,9 +273,13 @@ class SimNode:
                 world.properties.repaired(self, gap.first, gap.last)
             elif self._was_never_committed(gap):
                 world.reached("repair-cuts-never-committed")
-                world.note(self.name, f"cuts at {gap.first}: no quorum can have had it")
-                world.properties.gives_up(self, gap.first)
-                self.disk.cut(gap.first)
+                front = self._front(gap)
+                first = gap.first + len(front)
+                world.note(self.name, f"cuts at {first}: no quorum can have had it")
+                world.properties.gives_up(self, gap.first, front)
+                self.disk.recovering = True
+                self.log.put(front)
+                self.disk.cut(first)
             else:
                 left.append(gap)
         for gap in left:
@@ -303,20 +307,29 @@ class SimNode:
     def _fill(self, gap: Gap) -> bool:
         """Accept only what chains from before the gap to what is intact behind it (raft.md 4.6)."""
         for peer in self._peers_heard():
-            entries = [peer.log.peek(index) for index in range(gap.first, gap.last + 1)]
-            chain = gap.prev_crc
-            taken: list[Entry] = []
-            for entry in entries:
-                if entry is None or entry.prev_crc != chain or entry.index in peer.log.bad:
-                    break
-                if entry.index > peer.disk.written:
-                    break
-                taken.append(entry)
-                chain = entry.head_crc
-            if len(taken) == len(entries) and chain == gap.next_crc:
+            taken = self._chained(peer, gap)
+            if len(taken) == gap.last + 1 - gap.first and taken[-1].head_crc == gap.next_crc:
                 self.log.put(taken)
                 return True
         return False
+
+    @staticmethod
+    def _chained(peer: SimNode, gap: Gap) -> list[Entry]:
+        """A peer's entries of a gap, from its beginning on, as far as they follow each other."""
+        chain = gap.prev_crc
+        taken: list[Entry] = []
+        for index in range(gap.first, gap.last + 1):
+            entry = peer.log.peek(index)
+            if entry is None or entry.prev_crc != chain or index in peer.log.bad or index > peer.disk.written:
+                break
+            taken.append(entry)
+            chain = entry.head_crc
+        return taken
+
+    def _front(self, gap: Gap) -> list[Entry]:
+        """The first entries of a gap that is given up, as a peer has them: they may be committed (Raft 5.4.1)."""
+        fronts = [front for peer in self._peers_heard() if (front := self._chained(peer, gap))]
+        return max(fronts, key=lambda front: (front[-1].term, len(front)), default=[])
 
     def _was_never_committed(self, gap: Gap) -> bool:
         """A definite "no" from so many voters that no quorum can have it. Silence is no answer, nor is a node's that

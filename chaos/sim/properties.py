@@ -5,7 +5,7 @@ Numbers in comments are those of raft.md 6.1. What one node can check of itself 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from dledger.core import messages
@@ -183,11 +183,15 @@ class Properties:
                 f"durable entries forgotten: {node.name} starts with {node.log.last_index} of {durable}, unaware"
             )
 
-    def gives_up(self, node: SimNode, index: int) -> None:
-        """A repair cuts only what was never committed."""
-        entry = node.log.peek(index)
-        if entry is not None and self.committed.get(index) == (entry.term, entry.head_crc):
-            raise PropertyBroken(f"committed entry given up: {node.name} cuts at {index} instead of repairing")
+    def gives_up(self, node: SimNode, first: int, front: Sequence[Entry]) -> None:
+        """A repair cuts, from `first` on, only what was never committed; `front` comes in its place."""
+        kept = {entry.index: entry.head_crc for entry in front}
+        for index in range(first, first + len(front) + 1):
+            entry = node.log.peek(index)
+            if entry is None or self.committed.get(index) != (entry.term, entry.head_crc):
+                return
+            if kept.get(index) != entry.head_crc:
+                raise PropertyBroken(f"committed entry given up: {node.name} cuts at {index} instead of repairing")
 
     def repaired(self, node: SimNode, first: int, last: int) -> None:
         """3: what a repair has brought chains with what is around it."""

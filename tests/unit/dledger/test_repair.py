@@ -522,41 +522,6 @@ async def test_a_leader_damaged_under_load_hands_over_and_loses_nothing(tmp_path
         assert not set(acknowledged) - set(old.machine.applied)
 
 
-async def test_damaged_entries_that_no_quorum_can_have_are_given_up(tmp_path: Path) -> None:
-    """A leader alone logged them; they were never committed. One peer's no is not enough, two of three are."""
-    async with cluster(tmp_path, flush="sync") as toy:
-        await fill(toy, 3)
-        await toy.level()
-        old = await toy.leader()
-        one, two = (node for node in toy.nodes.values() if node is not old)
-        await one.stop()
-        await two.stop()
-        outcomes: list[str] = []
-        for number in range(3):
-            old.machine.put(old.running, b"alone %d" % number, outcomes.append)
-            old.running.seal()
-        first = old.running.statistics().last_index + 1
-        await wait_until(lambda: old.running.statistics().durable_index == first + 2, what="three entries on disk")
-        await old.stop()
-        path = segments(old)[0]
-        flip(path, next(offset for offset, index in frames(path) if index == first) + HEADER_BYTES + 3)
-        toy.nursery.start_soon(old.run_here)
-        await one.start()
-        await wait_until(
-            lambda: old.group is not None and "the log ends at entry" in old.group.statistics().waits_for,
-            what="the first no",
-        )
-        assert old.running.state == "repairing"
-        await two.start()
-        await toy.put(b"in their place", limit=20)
-        await wait_until(lambda: old.running.is_serving, what="the old leader to serve")
-        await toy.level(20)
-        assert_identical(toy)
-        assert old.running.statistics().counters["cut_as_damaged"] == 1
-        assert not [record for record in old.machine.applied if record.startswith(b"alone")]
-        await wait_until(lambda: not old.running.statistics().recovering, what="the leader's confirmation")
-
-
 async def test_founder_of_a_group_that_has_grown_is_mended_by_those_who_joined(tmp_path: Path) -> None:
     """Its configuration knows nobody else, but its log does."""
     async with cluster(tmp_path, 1, cluster_uuid="u" * 32, founders=("n0",)) as toy:
