@@ -51,7 +51,7 @@ class Machine:
         self.boots = 1
         self.lives = 0
         self.restart_at = 0.0
-        """When a dead process is followed by the next one."""
+        """When a dead process is followed by the next one, unless the machine is a spare one."""
         self.is_spare = False
         """Nobody wants a node here (yet, or any more): nothing is started on it by itself."""
         self.process: Process | None = None

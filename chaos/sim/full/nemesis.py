@@ -84,8 +84,7 @@ class Nemesis:
             disk.reserved = disk.failing_syncs = disk.failing_writes = 0
             if machine.process is not None:
                 machine.process.fuse = None
-            if not machine.is_spare:
-                machine.restart_at = min(machine.restart_at, world.time.now)
+            machine.restart_at = min(machine.restart_at, world.time.now)
         self._network.heal_all()
         await trio.sleep(HEAL_PAUSE_SECONDS)
 

@@ -72,7 +72,7 @@ class RaftSubject(ABC):
             cluster="sim",
             group=group,
             node_id=name,
-            peers={each: self._address(each) for each in (*FOUNDERS, *(() if name in FOUNDERS else (name,)))},
+            peers={each: self._address(each) for each in (*FOUNDERS, name)},
             founders=FOUNDERS,
             data_dir=self.folder(name),
             flush=plan.flush,
@@ -200,9 +200,8 @@ class RaftSubject(ABC):
         if outcome == ["done"]:
             self._world.counts["changes"] += 1
             if isinstance(change, Remove) and self.stops_removed:
-                machine = self._world.machines[change.node]
-                machine.is_spare = True
-                self._world.end_life(change.node, power=False, down_seconds=float("inf"))
+                self._world.machines[change.node].is_spare = True
+                self._world.end_life(change.node, power=False, down_seconds=0.0)
         self._note(f"{change}: {outcome[0] if outcome else 'nobody knows'}")
 
     def _note(self, what: str) -> None:

@@ -8,7 +8,6 @@ What runs on the machines is the affair of a `Subject`: raft groups (`groups.py`
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Sequence
 from random import Random
@@ -156,7 +155,6 @@ class World:
         disk.prepare_folder(f"/{name}")
         machine = Machine(name, f"10.0.0.{len(self.machines) + 1}", plan.seed, self.time, self.agenda, clock, disk)
         machine.is_spare = is_spare
-        machine.restart_at = math.inf if is_spare else 0.0
         self.machines[name] = machine
         self.network.hosts[machine.host] = machine
         return machine
@@ -275,9 +273,10 @@ class World:
             await self._wait_for_restart(machine)
 
     async def _wait_for_restart(self, machine: Machine) -> None:
-        """Until the nemesis lets it start again, which may come to be earlier than it said."""
-        while machine.restart_at > self.time.now:  # noqa: ASYNC110 - a time that may change meanwhile
-            await trio.sleep(min(LOOK_SECONDS, machine.restart_at - self.time.now))
+        """Until a node is wanted there and the nemesis lets it start, which may come to be earlier than it said."""
+        while machine.is_spare or machine.restart_at > self.time.now:
+            left = LOOK_SECONDS if machine.is_spare else machine.restart_at - self.time.now
+            await trio.sleep(min(LOOK_SECONDS, left))
 
     # What the nemesis does to a process
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 from attrs import evolve
 from click.testing import CliRunner
 
@@ -16,9 +17,11 @@ from broker.state import BrokerState
 from chaos import commands
 from chaos.commands import chaos_group
 from chaos.sim.full import clock, cluster, groups
-from chaos.sim.full.clock import probe_scheduler
+from chaos.sim.full.clock import VirtualTime, probe_scheduler, run_virtually
+from chaos.sim.full.machine import Process
 from chaos.sim.full.plan import FullPlan, draw_plan
 from chaos.sim.full.run import FULL, run_seed
+from chaos.sim.full.world import World
 from chaos.sim.scenario import BadScenario, Scenario, read_scenario, write_scenario
 from chaos.sim.schedule import draw_schedule
 from tests.trees import ROOT
@@ -117,6 +120,35 @@ def busy(seed: int, **changes: Any) -> FullPlan:
     settings = {"fault_seconds": 9.0, "spares": 2, "kinds": ("members", "retention"), "fault_interval": 0.25}
     sizes = {"rate": 60.0, "record_bytes_max": 3000, "segment_bytes": 65_536, "retention_bytes": 4 * 65_536}
     return short(seed, **{**settings, **sizes, "retention_seconds": 1.0, "latency": 0.0005, "jitter": 0.0, **changes})
+
+
+def test_a_node_that_nobody_wants_any_more_does_not_come_back_however_it_went_down() -> None:
+    lives: list[int] = []
+
+    class Idle:
+        async def run_node(self, process: Process, task_status: trio.TaskStatus[Any]) -> None:
+            lives.append(process.number)
+            await trio.sleep_forever()
+
+    subject: Any = Idle()
+
+    async def main(time: VirtualTime) -> None:
+        world = World(short(1), (), time)
+        machine = world.add_machine("n0")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(world.agenda.run)
+            nursery.start_soon(world.keep_running, subject, "n0")
+            await trio.sleep(1.0)
+            world.end_life("n0", power=False, down_seconds=2.0)
+            machine.is_spare = True
+            await trio.sleep(10.0)
+            assert lives == [1]
+            machine.is_spare = False
+            await trio.sleep(1.0)
+            assert lives == [1, 2]
+            nursery.cancel_scope.cancel()
+
+    run_virtually(main, 1, lambda: None)
 
 
 @pytest.mark.chaos
