@@ -378,17 +378,23 @@ class ClusterSubject(RaftSubject):
     async def finish_workload(self) -> None:
         """Senders hear the end of what they have sent; readers get all that was acknowledged."""
         self._is_final = True
-        while self._open_sends or self._missing():  # noqa: ASYNC110 - programs on two machines, no event to wait for
+        while self._unheard() is not None:  # noqa: ASYNC110 - programs on two machines, no event to wait for
             await trio.sleep(LOOK_SECONDS)
 
-    def _missing(self) -> list[int]:
+    def _unheard(self) -> str | None:
+        """What senders or readers have yet to hear of, as far as a leader can tell."""
+        if self._open_sends:
+            return f"{self._open_sends} sends have no answer"
         self._read_what_is_new()
-        book, leader = self.book, self.leader()
+        leader = self.leader()
         if leader is None:
-            return [sent.number for sent in book.sent[-1:]]
-        queues = self.nodes[leader].state.queues
-        firsts = {queue_id: queues.min_offset(TOPIC, queue_id) for queue_id in queues.queues_of(TOPIC)}
+            return "no leader"
+        missing = self._missing(leader)
+        return f"{len(missing)} acknowledged messages are not delivered, first {missing[0]}" if missing else None
 
+    def _missing(self, leader: str) -> list[int]:
+        book, queues = self.book, self.nodes[leader].state.queues
+        firsts = {queue_id: queues.min_offset(TOPIC, queue_id) for queue_id in queues.queues_of(TOPIC)}
         has_trimmed = any(firsts.values())
 
         def is_given_up(sent: Sent) -> bool:
@@ -409,12 +415,7 @@ class ClusterSubject(RaftSubject):
         return excuses(process, error)
 
     def unsettled(self) -> str | None:
-        if self._open_sends:
-            return f"{self._open_sends} sends have no answer"
-        missing = self._missing()
-        if missing:
-            return f"{len(missing)} acknowledged messages are not delivered, first {missing[0]}"
-        return self.not_level()
+        return self._unheard() or self.not_level()
 
     async def check(self) -> None:
         """On every broker: each acknowledged message at its offset and nowhere else; equal logs, queues and tables."""

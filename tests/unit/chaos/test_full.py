@@ -18,6 +18,7 @@ from chaos import commands
 from chaos.commands import chaos_group
 from chaos.sim.full import clock, cluster, groups
 from chaos.sim.full.clock import VirtualTime, probe_scheduler, run_virtually
+from chaos.sim.full.cluster import ClusterSubject, Sent
 from chaos.sim.full.machine import Process
 from chaos.sim.full.plan import FullPlan, draw_plan
 from chaos.sim.full.run import FULL, run_seed
@@ -149,6 +150,12 @@ def test_a_node_that_nobody_wants_any_more_does_not_come_back_however_it_went_do
             nursery.cancel_scope.cancel()
 
     run_virtually(main, 1, lambda: None)
+
+
+def test_a_cluster_that_does_not_settle_for_want_of_a_leader_is_said_to_have_none() -> None:
+    subject = ClusterSubject(World(short(1, kind="cluster"), (), VirtualTime(lambda: None)))
+    subject.book.sent.append(Sent(0, outcome="refused"))
+    assert subject.unsettled() == "no leader"
 
 
 @pytest.mark.chaos
