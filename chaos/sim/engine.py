@@ -15,8 +15,6 @@ from chaos.sim.result import SeedResult
 from chaos.sim.scenario import Scenario
 from chaos.sim.schedule import draw_schedule
 
-ENGINES = ("core", "full")
-
 
 class Play(Protocol):
     """Plays a scenario to its end, or until a virtual second. Same scenario, same result, on every machine; a broken
@@ -53,7 +51,7 @@ class NotDeterministic(Exception):
 
 
 def engine_named(name: str) -> Engine:
-    """One of ENGINES; the other one is not imported."""
+    """The engine "core" or "full"; the other one is not imported."""
     if name == "full":
         from chaos.sim.full.run import FULL
 

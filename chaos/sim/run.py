@@ -1,8 +1,7 @@
-"""Engine core: `run_seed(seed)` plays one seed, `run_scenario` a plan with a list of faults, and says what happened."""
+"""Engine core: `run_scenario` plays a plan with a list of faults, `run_plan` with those of its seed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from chaos.sim.engine import Engine
@@ -10,10 +9,9 @@ from chaos.sim.plan import Plan, draw_plan
 from chaos.sim.reached import REACHED
 from chaos.sim.result import SeedResult
 from chaos.sim.scenario import Scenario
-from chaos.sim.schedule import Fault, draw_schedule
-from chaos.sim.world import Build, MakeRaft, World
+from chaos.sim.schedule import draw_schedule
+from chaos.sim.world import Build, World
 from dledger.core.errors import CoreError
-from dledger.core.raft import Raft
 
 TOTALS = (
     "steps",
@@ -61,25 +59,19 @@ SIMPLER: tuple[dict[str, Any], ...] = (
 """Shapes, one at a time, from what disturbs most to what matters least."""
 
 
-def run_seed(
-    seed: int, *, keep_trace: bool = False, make_raft: MakeRaft = Raft, build: Build | None = None
-) -> SeedResult:
-    """Play one seed to its end. Same seed, same result, on every machine; a broken promise is a result, not an
-    error."""
-    plan = draw_plan(seed)
-    return run_scenario(plan, draw_schedule(plan), build or Build(raft=make_raft), keep_trace=keep_trace)
+def run_plan(plan: Plan, build: Build | None = None, *, keep_trace: bool = False) -> SeedResult:
+    """Play a plan with the faults of its seed to its end. Same plan, same result, on every machine; a broken promise is
+    a result, not an error."""
+    return run_scenario(Scenario(plan, draw_schedule(plan)), build, keep_trace=keep_trace)
 
 
 def run_scenario(
-    plan: Plan,
-    faults: Sequence[Fault],
-    build: Build | None = None,
-    *,
-    keep_trace: bool = False,
-    until: float | None = None,
+    scenario: Scenario, build: Build | None = None, *, keep_trace: bool = False, until: float | None = None
 ) -> SeedResult:
     """Play a plan with these faults to its end, or until a virtual second."""
-    world = World(plan, faults, build, keep_trace=keep_trace)
+    plan = scenario.plan
+    assert isinstance(plan, Plan)
+    world = World(plan, scenario.faults, build, keep_trace=keep_trace)
     violation = None
     try:
         world.run(until)
@@ -110,15 +102,10 @@ def run_scenario(
     )
 
 
-def _play(scenario: Scenario, *, keep_trace: bool = False, until: float | None = None) -> SeedResult:
-    assert isinstance(scenario.plan, Plan)
-    return run_scenario(scenario.plan, scenario.faults, keep_trace=keep_trace, until=until)
-
-
 CORE = Engine(
     name="core",
     draw_plan=draw_plan,
-    play=_play,
+    play=run_scenario,
     totals=TOTALS,
     states=REACHED,
     simpler=SIMPLER,

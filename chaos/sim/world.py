@@ -17,7 +17,7 @@ from chaos.sim.network import Network
 from chaos.sim.node import SimNode
 from chaos.sim.plan import Plan
 from chaos.sim.properties import Properties, PropertyBroken
-from chaos.sim.schedule import Fault, draw_schedule
+from chaos.sim.schedule import Fault
 from chaos.sim.store_disk import StoreDisk
 from dledger.core.config import RaftConfig
 from dledger.core.log import LogView
@@ -109,13 +109,13 @@ class World:
     def __init__(
         self,
         plan: Plan,
-        faults: Sequence[Fault] | None = None,
+        faults: Sequence[Fault],
         build: Build | None = None,
         *,
         keep_trace: bool = False,
     ) -> None:
         self.plan = plan
-        self.faults = draw_schedule(plan) if faults is None else tuple(faults)
+        self.faults = tuple(faults)
         self.build = Build() if build is None else build
         if plan.real_store and self.build.disk is SimDisk:
             self.build = evolve(self.build, disk=StoreDisk)

@@ -1,9 +1,8 @@
-"""Engine full: `run_seed(seed)` plays one seed, `run_scenario` a plan with a list of faults, and says what happened."""
+"""Engine full: `run_scenario` plays a plan with a list of faults, `run_plan` with those of its seed."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
 
 from chaos.sim.engine import Engine
 from chaos.sim.full.clock import VirtualTime, probe_scheduler, run_virtually
@@ -13,7 +12,7 @@ from chaos.sim.full.plan import FullPlan, draw_plan
 from chaos.sim.full.world import World
 from chaos.sim.result import SeedResult
 from chaos.sim.scenario import Scenario
-from chaos.sim.schedule import Fault, draw_schedule
+from chaos.sim.schedule import draw_schedule
 
 TOTALS = (
     "delivered",
@@ -51,25 +50,25 @@ SIMPLER = (
 """Shapes, one at a time, from what disturbs most to what matters least."""
 
 
-def run_seed(seed: int, *, keep_trace: bool = False, plan: FullPlan | None = None) -> SeedResult:
-    """Play one seed to its end. Same seed, same result; a broken promise is a result, not an error.
+def run_plan(plan: FullPlan, *, keep_trace: bool = False) -> SeedResult:
+    """Play a plan with the faults of its seed to its end. Same plan, same result; a broken promise is a result, not an
+    error.
 
     Raises NotDeterministic where this trio cannot be made to repeat itself.
     """
-    plan = plan or draw_plan(seed)
-    return run_scenario(plan, draw_schedule(plan), keep_trace=keep_trace)
+    return run_scenario(Scenario(plan, draw_schedule(plan)), keep_trace=keep_trace)
 
 
-def run_scenario(
-    plan: FullPlan, faults: Sequence[Fault], *, keep_trace: bool = False, until: float | None = None
-) -> SeedResult:
+def run_scenario(scenario: Scenario, *, keep_trace: bool = False, until: float | None = None) -> SeedResult:
     """Play a plan with these faults to its end, or until a virtual second. Raises NotDeterministic."""
+    plan = scenario.plan
+    assert isinstance(plan, FullPlan)
     world: World | None = None
     subject: GroupsSubject | ClusterSubject | None = None
 
     async def main(time: VirtualTime) -> None:
         nonlocal world, subject
-        world = World(plan, faults, time, keep_trace=keep_trace)
+        world = World(plan, scenario.faults, time, keep_trace=keep_trace)
         subject = GroupsSubject(world) if plan.kind == "groups" else ClusterSubject(world)
         await world.run(subject, until)
 
@@ -111,15 +110,10 @@ def run_scenario(
     )
 
 
-def _play(scenario: Scenario, *, keep_trace: bool = False, until: float | None = None) -> SeedResult:
-    assert isinstance(scenario.plan, FullPlan)
-    return run_scenario(scenario.plan, scenario.faults, keep_trace=keep_trace, until=until)
-
-
 FULL = Engine(
     name="full",
     draw_plan=draw_plan,
-    play=_play,
+    play=run_scenario,
     totals=TOTALS,
     simpler=SIMPLER,
     shrink_seconds=300.0,

@@ -3,16 +3,17 @@ something."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import attrs
 import msgspec
 
 from chaos.sim.disk import Gap, SimDisk, SimLog
+from chaos.sim.engine import Play
 from chaos.sim.node import SimNode
 from chaos.sim.plan import draw_plan
-from chaos.sim.run import run_scenario
-from chaos.sim.schedule import draw_schedule
+from chaos.sim.run import run_plan, run_scenario
 from chaos.sim.store_disk import StoreDisk
 from chaos.sim.world import Build
 from dledger.core import effects as fx
@@ -374,6 +375,11 @@ def build_of(bug: Bug) -> Build:
     return Build(node=bug)
 
 
+def play_with(bug: Bug) -> Play:
+    """Engine core with this bug planted."""
+    return partial(run_scenario, build=build_of(bug))
+
+
 PLANTED: dict[Bug, int] = {
     MessagesNotHeld: 0,
     VoteForgotten: 0,
@@ -430,7 +436,7 @@ change of leader; turned bits in what an isolated leader has written and nobody 
 def runs_well(bug: Bug, seed: int) -> bool:
     """Whether every promise holds with this bug planted, under the plan that suits it."""
     plan = attrs.evolve(draw_plan(seed), **UNDER.get(bug, {}))
-    return run_scenario(plan, draw_schedule(plan), build_of(bug)).ok
+    return run_plan(plan, build_of(bug)).ok
 
 
 def first_seed(bug: Bug, seeds: int) -> int | None:

@@ -21,7 +21,7 @@ from chaos.sim.full.clock import VirtualTime, probe_scheduler, run_virtually
 from chaos.sim.full.cluster import ClusterSubject, Sent
 from chaos.sim.full.machine import Process
 from chaos.sim.full.plan import FullPlan, draw_plan
-from chaos.sim.full.run import FULL, run_seed
+from chaos.sim.full.run import FULL, run_plan
 from chaos.sim.full.world import World
 from chaos.sim.scenario import BadScenario, Scenario, read_scenario, write_scenario
 from chaos.sim.schedule import draw_schedule
@@ -46,7 +46,7 @@ def test_the_scheduler_repeats_itself() -> None:
 
 
 def test_a_seed_is_a_run() -> None:
-    first, second, other = run_seed(3, plan=short(3)), run_seed(3, plan=short(3)), run_seed(4, plan=short(4))
+    first, second, other = run_plan(short(3)), run_plan(short(3)), run_plan(short(4))
     assert first == second
     assert first.trace_hash != other.trace_hash
     assert first.ok and first.counts["acknowledged"] and first.counts["elections"]
@@ -55,14 +55,14 @@ def test_a_seed_is_a_run() -> None:
 def test_a_seed_is_the_same_run_in_another_process() -> None:
     """Whatever Python's hashes of strings are: no order of a set may get through to what happens."""
     program = (
-        "from tests.unit.chaos.test_full import short\nfrom chaos.sim.full.run import run_seed\n"
-        "print(run_seed(3, plan=short(3)).trace_hash)"
+        "from tests.unit.chaos.test_full import short\nfrom chaos.sim.full.run import run_plan\n"
+        "print(run_plan(short(3)).trace_hash)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True, text=True, check=True, cwd=ROOT, env={"PYTHONHASHSEED": "12345"},
     )  # fmt: skip
-    assert done.stdout.strip() == run_seed(3, plan=short(3)).trace_hash
+    assert done.stdout.strip() == run_plan(short(3)).trace_hash
 
 
 def test_a_member_that_applies_something_else_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,24 +74,32 @@ def test_a_member_that_applies_something_else_is_found(monkeypatch: pytest.Monke
         return rows
 
     monkeypatch.setattr(groups.SmallMachine, "stage", altered)
-    violation = run_seed(3, plan=short(3)).violation
+    violation = run_plan(short(3)).violation
     assert violation is not None and "another member" in violation
 
 
-def test_an_answer_before_its_commit_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proposers are told of success before anything is committed."""
     put = groups.SmallMachine.put
 
-    def hasty(self: groups.SmallMachine, group: Any, operation: groups.Operation, size: int, wall_ms: int) -> None:
+    def put_and_tell(
+        self: groups.SmallMachine, group: Any, operation: groups.Operation, size: int, wall_ms: int
+    ) -> None:
         put(self, group, operation, size, wall_ms)
         self._judge.told(operation, "acknowledged")
 
-    monkeypatch.setattr(groups.SmallMachine, "put", hasty)
-    violation = run_seed(3, plan=short(3)).violation
+    monkeypatch.setattr(groups.SmallMachine, "put", put_and_tell)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_an_answer_before_its_commit_is_found() -> None:
+    violation = run_plan(short(3)).violation
     assert violation is not None and "is acknowledged at" in violation
 
 
 def test_a_cluster_is_a_run() -> None:
-    result = run_seed(3, plan=short(3, kind="cluster", fault_seconds=2.5, rate=10.0, kinds=("kill", "partition")))
+    result = run_plan(short(3, kind="cluster", fault_seconds=2.5, rate=10.0, kinds=("kill", "partition")))
     assert result.ok, result.violation
     assert result.counts["acknowledged"] and result.counts["elections"]
 
@@ -102,13 +110,13 @@ def test_a_slow_disk_without_a_next_segment_costs_no_busy_loop(monkeypatch: pyte
     plan = short(
         5, fault_seconds=2.0, rate=60.0, record_bytes_max=5000, kinds=kinds, segment_bytes=65_536, flush="async"
     )
-    result = run_seed(5, plan=plan)
+    result = run_plan(plan)
     assert result.ok, result.violation
     assert result.counts["disk_faults"]
 
 
 def test_a_turned_bit_is_mended_from_the_other_members() -> None:
-    result = run_seed(2, plan=short(2, fault_seconds=3.0, kinds=("bit flip",), flush="sync"))
+    result = run_plan(short(2, fault_seconds=3.0, kinds=("bit flip",), flush="sync"))
     assert result.ok, result.violation
     assert result.counts["flips"]
 
@@ -160,7 +168,7 @@ def test_a_cluster_that_does_not_settle_for_want_of_a_leader_is_said_to_have_non
 
 @pytest.mark.chaos
 def test_members_join_are_promoted_and_leave_while_the_log_is_trimmed() -> None:
-    result = run_seed(1, plan=busy(1), keep_trace=True)
+    result = run_plan(busy(1), keep_trace=True)
     assert result.ok, result.violation
     done = " ".join(line for line in result.trace if line.endswith(": done"))
     assert all(step in done for step in ("AddLearner", "Promote", "Remove")), done
@@ -169,7 +177,7 @@ def test_members_join_are_promoted_and_leave_while_the_log_is_trimmed() -> None:
 
 @pytest.mark.chaos
 def test_brokers_join_and_leave_while_consumers_and_delayed_messages_live() -> None:
-    result = run_seed(2, plan=busy(2, kind="cluster", rate=40.0, fault_seconds=6.0), keep_trace=True)
+    result = run_plan(busy(2, kind="cluster", rate=40.0, fault_seconds=6.0))
     assert result.ok, result.violation
     assert result.counts["changes"] and result.counts["trims"], result.counts
 
@@ -179,21 +187,15 @@ def test_retention_that_takes_what_is_still_to_be_delivered_is_found(monkeypatch
     monkeypatch.setattr(cluster, "DELAYED_SHARE", 0.3)
     monkeypatch.setattr(BrokerState, "trim_floor", lambda self: 1 << 62)
     plan = busy(2, kind="cluster", rate=60.0, fault_seconds=6.0, retention_seconds=0.2, kinds=("retention",))
-    violation = run_seed(2, plan=plan).violation
+    violation = run_plan(plan).violation
     assert violation is not None and "acknowledged messages are not delivered" in violation
 
 
 # Shrinking
 
 
+@pytest.mark.usefixtures("hasty")
 def test_a_failing_run_is_shrunk_to_a_file_that_replays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put = groups.SmallMachine.put
-
-    def hasty(self: groups.SmallMachine, group: Any, operation: groups.Operation, size: int, wall_ms: int) -> None:
-        put(self, group, operation, size, wall_ms)
-        self._judge.told(operation, "acknowledged")
-
-    monkeypatch.setattr(groups.SmallMachine, "put", hasty)
     monkeypatch.setattr(commands, "_engine", lambda name: evolve(FULL, draw_plan=short))
     runner = CliRunner()
     path = tmp_path / "3.toml"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import attrs
 import pytest
@@ -12,26 +10,16 @@ from click.testing import CliRunner
 
 from chaos import commands
 from chaos.sim.plan import KINDS, Plan, draw_plan
-from chaos.sim.result import SeedResult, violation_class
+from chaos.sim.result import violation_class
 from chaos.sim.run import CORE, run_scenario
 from chaos.sim.scenario import BadScenario, Scenario, read_scenario, write_scenario
 from chaos.sim.schedule import Fault, draw_schedule
 from chaos.sim.shrink import Shrinker
-from chaos.sim.world import Build, World
+from chaos.sim.world import World
 from dledger.core.raft import Raft
-from tests.unit.chaos.planted import LogNotCompared, MessagesNotHeld
+from tests.unit.chaos.planted import LogNotCompared, MessagesNotHeld, play_with
 
 SEED = 9
-
-
-def play_with(raft: type[Raft]) -> Callable[..., SeedResult]:
-    """The core engine with another core."""
-
-    def play(scenario: Scenario, **options: Any) -> SeedResult:
-        assert isinstance(scenario.plan, Plan)
-        return run_scenario(scenario.plan, scenario.faults, Build(raft=raft), **options)
-
-    return play
 
 
 def shrinker(plan: Plan, *, elapsed: float = 0.0, runs_max: int = 200, raft: type[Raft] = LogNotCompared) -> Shrinker:
@@ -60,8 +48,8 @@ def test_leaving_a_fault_out_leaves_what_came_before_it_alone() -> None:
     plan = attrs.evolve(draw_plan(5), fault_seconds=12.0)
     faults = draw_schedule(plan)
     assert len(faults) > 2
-    whole = run_scenario(plan, faults, keep_trace=True)
-    without = run_scenario(plan, faults[:-1], keep_trace=True)
+    whole = run_scenario(Scenario(plan, faults), keep_trace=True)
+    without = run_scenario(Scenario(plan, faults[:-1]), keep_trace=True)
     end = faults[-1].at
     assert [line for line in whole.trace if float(line.split()[0]) < end] == [
         line for line in without.trace if float(line.split()[0]) < end

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import attrs
 import pytest
@@ -15,13 +14,11 @@ from click.testing import CliRunner
 
 from chaos import commands
 from chaos.sim.chance import stream
-from chaos.sim.plan import Plan, draw_plan
+from chaos.sim.plan import draw_plan
 from chaos.sim.result import SeedResult
-from chaos.sim.run import CORE, run_scenario, run_seed
-from chaos.sim.scenario import Scenario
-from chaos.sim.schedule import draw_schedule
-from chaos.sim.world import Build, World
-from tests.unit.chaos.planted import PLANTED, Bug, MessagesNotHeld, first_seed, runs_well
+from chaos.sim.run import CORE, run_plan
+from chaos.sim.world import World
+from tests.unit.chaos.planted import PLANTED, Bug, MessagesNotHeld, first_seed, play_with, runs_well
 
 FEW = range(3)
 MANY = range(1000, 1100)
@@ -31,7 +28,7 @@ PLANTED_WITHIN = 200
 
 
 def test_every_promise_holds_on_a_few_seeds_and_something_happened() -> None:
-    results = [run_seed(seed) for seed in FEW]
+    results = [run_plan(draw_plan(seed)) for seed in FEW]
     broken = [f"seed {result.seed}: {result.violation}\n  {result.reproduction}" for result in results if not result.ok]
     assert not broken, "\n".join(broken)
     totals = {
@@ -57,7 +54,7 @@ def test_every_promise_holds_on_a_few_seeds_and_something_happened() -> None:
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("first", MANY[::25])
 def test_every_promise_holds_on_many_seeds(first: int) -> None:
-    results = [run_seed(seed) for seed in range(first, first + 25)]
+    results = [run_plan(draw_plan(seed)) for seed in range(first, first + 25)]
     broken = [f"seed {result.seed}: {result.violation}\n  {result.reproduction}" for result in results if not result.ok]
     assert not broken, "\n".join(broken)
 
@@ -80,10 +77,9 @@ SECONDS_TO_FIND = {
 """Planted bugs that take more than a second, and so are looked for with the many seeds."""
 
 
-def short(seed: int, **options: bool) -> SeedResult:
+def short(seed: int, *, keep_trace: bool = False) -> SeedResult:
     """The first seconds of a seed."""
-    plan = attrs.evolve(draw_plan(seed), fault_seconds=8.0)
-    return run_scenario(plan, draw_schedule(plan), **options)
+    return run_plan(attrs.evolve(draw_plan(seed), fault_seconds=8.0), keep_trace=keep_trace)
 
 
 def test_a_seed_gives_the_same_run_twice_and_another_seed_another() -> None:
@@ -153,7 +149,7 @@ def test_sim_in_two_processes_finds_the_same(runner: CliRunner) -> None:
 def test_a_broken_promise_exits_1_and_prints_how_to_repeat_it(
     runner: CliRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(monkeypatch, lambda scenario, **options: broken_run(scenario, **options))
+    use(monkeypatch, play_with(MessagesNotHeld))
     done = runner.invoke(commands.chaos_group, ["sim", "--seeds", "1", "--start", "1", "--no-shrink"])
     assert done.exit_code == 1
     assert "quorate chaos replay 1 --trace" in done.stderr
@@ -164,11 +160,6 @@ def test_a_broken_promise_exits_1_and_prints_how_to_repeat_it(
 def use(monkeypatch: pytest.MonkeyPatch, play: Callable[..., SeedResult]) -> None:
     """Have the commands play with this instead of the core engine."""
     monkeypatch.setattr(commands, "_engine", lambda name: attrs.evolve(CORE, play=play))
-
-
-def broken_run(scenario: Scenario, **options: Any) -> SeedResult:
-    assert isinstance(scenario.plan, Plan)
-    return run_scenario(scenario.plan, scenario.faults, Build(raft=MessagesNotHeld), **options)
 
 
 def _result(seed: int, trace_hash: str, acknowledged: int) -> SeedResult:

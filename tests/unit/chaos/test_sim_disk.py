@@ -143,7 +143,10 @@ def test_after_a_failed_sync_only_the_platter_counts() -> None:
 
 def test_a_cut_takes_marks_and_members_back() -> None:
     disk = disk_with(9)
+    disk.note_config(4, Members(("n0", "n1")))
+    disk.note_config(7, Members(("n0", "n1", "n2")))
     disk.cut(5)
+    assert disk.configs() == [(4, Members(("n0", "n1")))]
     assert (disk.written, disk.durable, disk.mark, disk.rows) == (4, 4, 4, 4)
 
 
