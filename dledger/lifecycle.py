@@ -143,11 +143,11 @@ class LifeCycle:
         """As `RaftGroup.run`."""
         try:
             await self._run(task_status)
-        except BaseExceptionGroup as group:
-            cause = _cause(group)
+        except (BaseExceptionGroup, LocalError) as error:
+            cause = _cause(error)
             if cause is None:
                 raise
-            raise cause from group
+            raise cause from error
         finally:
             self._stopped.set()
 
@@ -397,7 +397,6 @@ class LifeCycle:
         raft_config = evolve(config.raft_config(), segment_bytes=segment_bytes)
         hard_state = HardState(meta.saved.term, meta.saved.vote)
         configs = known_members(config, store, checkpoint)[1:]
-        listener = await self._listen()
         client = FetchClient(env)
         source = LogSource(
             env,
@@ -441,6 +440,7 @@ class LifeCycle:
         )
         client.peers = driver.peers
         server.on_damage = driver.damaged
+        listener = await self._listen()
         self._catch_up = catch_up
         self.fetch_server = server
         self._last_written = None
@@ -463,8 +463,6 @@ class LifeCycle:
                 nursery.cancel_scope.cancel()
             if reopen is not None:
                 raise reopen
-        except LocalError as error:
-            raise CoreStopped(str(error)) from error
         finally:
             self._serving(None)  # from here on this is a group that does not lead; reading ends too
             self._catch_up = self.fetch_server = None
@@ -524,15 +522,16 @@ def _last_written(store: LogStore) -> LastEntry | None:
         return None
 
 
-def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException | None:
-    """The one error in a group that says why a node stops; None where there is none or something else besides."""
+def _cause(failure: BaseException) -> BaseException | None:
+    """The one error, in a group or alone, that says why a node stops; None where there is none or something else besides.
+    What the core was asked wrongly counts as a broken promise."""
     leaves: list[BaseException] = []
-    waiting: list[BaseException] = [group]
+    waiting = [failure]
     while waiting:
         error = waiting.pop()
         if isinstance(error, BaseExceptionGroup):
             waiting.extend(error.exceptions)
         else:
-            leaves.append(error)
+            leaves.append(CoreStopped(str(error)) if isinstance(error, LocalError) else error)
     told = [error for error in leaves if isinstance(error, LedgerError | OSError)]
     return told[0] if len(told) == len(leaves) else None

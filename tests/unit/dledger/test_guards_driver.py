@@ -12,11 +12,12 @@ import trio
 
 from dledger.config import GroupConfig
 from dledger.core import effects as fx
+from dledger.core.errors import LocalError
 from dledger.core.events import Event, Propose
 from dledger.core.types import HEADER_BYTES, Entry, EntryType, frame_entry
 from dledger.disk_watch import Usage
 from dledger.driver import Driver
-from dledger.errors import DiskFull, FormatError, LogDamaged, NotLeader, Overloaded
+from dledger.errors import CoreStopped, DiskFull, FormatError, LogDamaged, NotLeader, Overloaded
 from dledger.feed import LogFeed
 from dledger.identity import identify
 from dledger.lifecycle import LifeCycle
@@ -107,6 +108,26 @@ async def test_a_lone_proposal_takes_one_turn(tmp_path: Path) -> None:
                 await trio.lowlevel.checkpoint()
         assert outcomes == ["applied"] * 40
         assert driver.turns - before < 60, "heartbeats and housekeeping have theirs"
+
+
+async def test_what_the_core_is_asked_wrongly_ends_the_node_with_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deep within the tasks of a run, and where a core is made."""
+
+    def refuse(*_: object, **__: object) -> Any:
+        raise LocalError("nobody asks for that")
+
+    async with cluster(tmp_path, 1) as toy:
+        node, driver = await alone(toy)
+        toy.is_error_expected = True
+        driver.core.step = refuse  # type: ignore[method-assign]
+        driver.wake()
+        await node.ended.wait()
+        assert isinstance(node.error, CoreStopped) and str(node.error) == "nobody asks for that"
+        monkeypatch.setattr("dledger.lifecycle.Raft", refuse)
+        with pytest.raises(CoreStopped, match="nobody asks for that"):
+            await node.run_here()
 
 
 # What must be on stable storage
