@@ -59,7 +59,12 @@ def _load(files: Files, folder: str, segment_bytes: int, durable_index: int, hin
     """Recover, with at least one segment to write to."""
     complete_install(files, folder)
     forget_cached_pages(files, folder)
-    recovered = recover_log(files, folder, segment_bytes, durable_index, hint_is_evidence=hint_is_evidence)
+    try:
+        recovered = recover_log(files, folder, segment_bytes, durable_index, hint_is_evidence=hint_is_evidence)
+    except OSError as error:
+        if error.errno not in DISK_FULL:  # what it could not sync is clean now: the next one must not find it in memory
+            mark_failed(files, folder, f"recovering the log in {folder} failed: {error}")
+        raise
     try:
         if not recovered.segments:
             first_base = recovered.base.first_base(segment_bytes)
@@ -392,7 +397,7 @@ class LogStore(LogReader):
                     await self._meta.save_mark(self.last_index)
                 await self._env.run_in_thread(self._cut_files, active, removed, new_end, old_end)
             except OSError as error:
-                raise StoreFailed(f"cutting the log in {self._folder} failed: {error}") from error
+                raise self._failed(f"cutting the log in {self._folder} failed: {error}") from error
             finally:
                 retire_all(removed)  # also when this is cancelled: nothing else knows of them any more
 

@@ -12,6 +12,7 @@ from itertools import count
 
 from dledger.core.types import BadFrame, Entry, next_position, parse_entry
 from dledger.errors import LogDamaged, StoreFailed
+from dledger.store.failure import mark_failed
 from dledger.store.faults import FaultyRange, add_suspects
 from dledger.store.format import LOG_FOLDER, ROWS_FOLDER
 from dledger.store.meta import MetaFile
@@ -171,7 +172,9 @@ async def drop_open_fault(env: Env, folder: str, segment_bytes: int, meta: MetaF
     try:
         await env.run_in_thread(_drop, env.files, folder, segment_bytes, fault)
     except OSError as error:
-        raise StoreFailed(f"cutting the damaged end of the log in {folder} failed: {error}") from error
+        text = f"cutting the damaged end of the log in {folder} failed: {error}"
+        mark_failed(env.files, folder, text)
+        raise StoreFailed(text) from error
 
 
 def _drop(files: Files, folder: str, segment_bytes: int, fault: FaultyRange) -> None:

@@ -149,7 +149,8 @@ class Staging:
         """Verify all, sync all, and begin the switch. Blocks long; run it in a thread.
 
         `checkpoint` is a peer's checkpoint file as it is. Afterwards close the store and call `complete_install`.
-        Raises LogDamaged where a segment's frames are not what the manifest says: that segment is then missing again.
+        Raises LogDamaged where a segment's frames are not what the manifest says, OSError where the disk does not take
+        them: that segment is then missing again.
         """
         if self.missing():
             raise LogDamaged("not all of the log has been received yet")
@@ -191,7 +192,11 @@ class Staging:
             rows_file.truncate(0)
             rows_file.pwrite(b"".join(rows), 0)
             rows_file.sync_now()
-            file.sync_now()
+            try:
+                file.sync_now()
+            except OSError:
+                self._forget(info)  # its pages are clean now: another sync would bring nothing to the disk
+                raise
         finally:
             rows_file.close()
         return index, crc, term

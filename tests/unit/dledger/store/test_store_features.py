@@ -27,6 +27,7 @@ from dledger.store.checkpoint import (
     unpack_checkpoint,
     write_checkpoint,
 )
+from dledger.store.failure import has_failed
 from dledger.store.faults import EntryDamaged, read_suspects
 from dledger.store.log_store import LogStore, format_folder
 from dledger.store.manifest import Manifest, SegmentInfo
@@ -304,6 +305,84 @@ async def test_scenario_08_a_failed_sync_leaves_a_mark_and_nothing_cached_is_bel
     again = await reopened(tmp_path)
     assert f"dontneed {segment_name(0)}" in dropped and "dontneed meta" in dropped
     assert not (tmp_path / "failed").exists() and read_all(again) == ENTRIES[:5]
+
+
+def break_sync_now(patch: pytest.MonkeyPatch, folder: str) -> None:
+    """The disk does not take what lies in a folder of this name."""
+    there = RealFile.sync_now
+
+    def sync_now(file: RealFile) -> None:
+        if f"/{folder}/" in file.path:
+            raise OSError(errno.EIO, "Input/output error")
+        there(file)
+
+    patch.setattr(RealFile, "sync_now", sync_now)
+
+
+@pytest.mark.parametrize("broken", ["log", "rows"])
+async def test_scenario_08_a_cut_that_cannot_be_synced_leaves_a_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    """Its sync is also that of the entries before it, which were written and may not be on the disk now."""
+    store = await fresh(test_env(tmp_path), tmp_path)
+    await append(store, ENTRIES[:4])
+    await store.sync()
+    await append(store, ENTRIES[4:6])
+    break_sync_now(monkeypatch, broken)
+    with pytest.raises(StoreFailed):
+        await store.cut(4)
+    assert has_failed(RealFiles(), str(tmp_path))
+    store.abandon()
+
+
+async def test_scenario_08_a_recovery_that_cannot_sync_what_it_keeps_leaves_a_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second try would find the pages clean, and take for durable what is in memory alone."""
+    store = await fresh(test_env(tmp_path), tmp_path)
+    await append(store, ENTRIES[:5])
+    store.abandon()
+    with monkeypatch.context() as patch:
+        break_sync_now(patch, "log")
+        with pytest.raises(OSError, match="Input/output"):
+            await reopened(tmp_path)
+    assert has_failed(RealFiles(), str(tmp_path))
+    assert read_all(await reopened(tmp_path)) == ENTRIES[:5]
+    assert not has_failed(RealFiles(), str(tmp_path))
+
+
+async def test_scenario_08_a_damaged_end_that_cannot_be_cut_leaves_a_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await write_log(tmp_path, ENTRIES[:5])
+    damage(tmp_path, ENTRIES[4].position + 5)
+    store, recovered = await opened(test_env(tmp_path), tmp_path)
+    store.abandon()
+    (fault,) = recovered.faults
+    break_sync_now(monkeypatch, "log")
+    with pytest.raises(StoreFailed):
+        await drop_open_fault(test_env(tmp_path), str(tmp_path), SEGMENT, store._meta, fault)
+    assert has_failed(RealFiles(), str(tmp_path))
+
+
+async def test_scenario_08_a_received_segment_that_cannot_be_synced_is_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was received is remembered over a restart, whose sync of clean pages would bring nothing to the disk."""
+    await write_log(tmp_path / "giver", ENTRIES)
+    giver = await reopened(tmp_path / "giver")
+    files, folder, manifest = RealFiles(), str(tmp_path / "taker"), giver.manifest()
+    staging = Staging.open(files, folder, manifest)
+    wanted = staging.missing()
+    for base, offset, nbytes in wanted:
+        data = await giver.read_chunk(base, offset, nbytes)
+        staging.put(base, offset, data, crc32(data))
+    with monkeypatch.context() as patch:
+        break_sync_now(patch, "incoming/log")
+        with pytest.raises(OSError, match="Input/output"):
+            staging.finish(None)
+    staging.close()
+    assert Staging.open(files, folder, manifest).missing() == wanted[:1]
 
 
 async def test_recovering_is_remembered_and_old_meta_files_are_read(tmp_path: Path) -> None:
