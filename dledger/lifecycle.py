@@ -523,7 +523,7 @@ def _last_written(store: LogStore) -> LastEntry | None:
 
 
 def _cause(failure: BaseException) -> BaseException | None:
-    """The one error, in a group or alone, that says why a node stops; None where there is none or something else besides.
+    """The one error, in a group or alone, that says why a node stops; None where there is none, or something else too.
     What the core was asked wrongly counts as a broken promise."""
     leaves: list[BaseException] = []
     waiting = [failure]
