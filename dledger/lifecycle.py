@@ -10,7 +10,7 @@ It is a loop, for a log may turn out to be damaged, or be replaced by a peer's s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 
 import trio
 from attrs import evolve, frozen
@@ -294,23 +294,24 @@ class LifeCycle:
         config = self._config
         if len(config.peers) > 1 or config.joined:
             return False
+        members = self._members_of(log)
+        return members is None or members.all == (config.node_id,)
+
+    def _members_of(self, log: OpenLog) -> Members | None:
+        """Those in force at the end of a damaged log; None where a change of members is among what is damaged."""
+        config = self._config
         checkpoint = read_checkpoint(self._env.files, config.data_dir, up_to=log.recovered.last.index)
         try:
-            return known_members(config, log.store, checkpoint)[-1][1].all == (config.node_id,)
-        except LogDamaged:  # the change of members is what is damaged
-            return True
+            return known_members(config, log.store, checkpoint)[-1][1]
+        except LogDamaged:
+            return None
 
     async def _mend(self, log: OpenLog) -> None:
         """The repair phase. Raises Reopen when something has changed; returns only when the group is to stop."""
         env, config, folder = self._env, self._config, self._config.data_dir
         self._state = "repairing"
         is_sure = not log.meta.saved.recovering and not self._may_have_forgotten(log.meta)
-        checkpoint = read_checkpoint(env.files, folder, up_to=log.recovered.last.index)
-        try:
-            known: Sequence[tuple[int, Members]] = known_members(config, log.store, checkpoint)
-            voters = known[-1][1].voters
-        except LogDamaged:  # a change of members may be among what is damaged: who decides is not known
-            known, voters = [], ()
+        members = self._members_of(log)
         client = FetchClient(env)
         source = LogSource(
             env,
@@ -323,7 +324,7 @@ class LifeCycle:
         )
         server = FetchServer(env, source, config.fetch_bytes_per_second)
         peers = Peers(env, config, log.identity, self._log, Deaf(), Exchange(server, client))
-        peers.set_members({**config.peers, **(known[-1][1].addresses if known else {})})
+        peers.set_members({**config.peers, **(members.addresses if members is not None else {})})
         client.peers = peers
         phase = self.phase = RepairPhase(
             env,
@@ -331,7 +332,7 @@ class LifeCycle:
             log.identity.segment_bytes,
             log.meta,
             log.recovered.faults,
-            voters,
+            members.voters if members is not None else (),  # else it is not known who decides
             config.node_id,
             client,
             self._log,
