@@ -98,11 +98,11 @@ class Driver:
         make_peers: Callable[[Driver], Peers],
         replay: Replay,
         segment_bytes: int,
-        need_segments: Callable[[str, int], None],
+        need_segments: Callable[[int], None],
         leased_position: Callable[[], int | None],
     ) -> None:
-        """`replay` has shown the machine what is known to be committed. `need_segments(leader, first_index)`: only
-        whole segments can help this node. `leased_position`: from where on a peer that fetches segments needs them.
+        """`replay` has shown the machine what is known to be committed. `need_segments(first_index)`: only whole
+        segments can help this node. `leased_position`: from where on a peer that fetches segments needs them.
         """
         self._env = env
         self._config = config
@@ -504,8 +504,8 @@ class Driver:
                 self._reads.refuse(token, reason)
             case fx.MembersChanged():
                 self._change_members(effect)
-            case fx.NeedSegments(leader, first_index):
-                self._need_segments(leader, first_index)
+            case fx.NeedSegments(_, first_index):
+                self._need_segments(first_index)
             case fx.Recovered(term):
                 self._log.info("a leader has confirmed the log: this node votes as others do again", term=term)
                 self._hard_state.recovered()

@@ -25,7 +25,7 @@ class SegmentCatchUp:
         self.installer: Installer | None = None
         """Of the transfer under way."""
 
-    def need(self, leader: str, first_index: int) -> None:
+    def need(self, first_index: int) -> None:
         """The core's: only whole segments can bring this node to `first_index`."""
         self._needed = first_index
         self._need.give()
