@@ -14,6 +14,7 @@ import trio
 
 from dledger.core.types import HEADER_BYTES, BadFrame, Entry, parse_entry
 from dledger.errors import LogDamaged
+from dledger.kick import Kick
 from dledger.store.log_store import LogStore
 
 READ_BYTES = 4 * 1024 * 1024
@@ -37,7 +38,7 @@ class LogFeed:
         self.position_of = store.position_of
         self._runs: OrderedDict[int, Sequence[Entry]] = OrderedDict()
         self._wanted: deque[int] = deque()
-        self._kick = trio.Event()
+        self._kick = Kick()
         self._generation = 0
         self.is_leading = False
         """Only a leader feeds peers; what a follower asks about its own end is answered on the spot."""
@@ -74,7 +75,7 @@ class LogFeed:
                 return _slice(run, from_index - first, max_bytes)
         if from_index not in self._wanted and len(self._wanted) < RUNS_MAX:
             self._wanted.append(from_index)
-            self._kick.set()
+            self._kick.give()
         return ()
 
     def forget(self) -> None:
@@ -87,7 +88,6 @@ class LogFeed:
         """Read what is wanted, for ever. Checkpoint. Raises LogDamaged."""
         while True:
             await self._kick.wait()
-            self._kick = trio.Event()
             while self._wanted:
                 index = self._wanted[0]
                 generation = self._generation

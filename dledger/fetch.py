@@ -24,6 +24,7 @@ from attrs import define, frozen
 
 from dledger.errors import LogDamaged
 from dledger.feed import read_entries
+from dledger.kick import Kick
 from dledger.peers import BULK_PIECE_BYTES_MAX, Link, Peers
 from dledger.store.checkpoint import pack_checkpoint, read_checkpoint
 from dledger.store.faults import FaultyRange
@@ -198,23 +199,23 @@ class LogSource:
 
     async def _begin_checkpoint(self, peer: str) -> Answer | None:
         """Have the newest checkpoint at hand for a peer; an answer where that cannot be."""
-        content = await self._env.run_in_thread(self._read_checkpoint)
+        content, identity = await self._env.run_in_thread(self._read_checkpoint)
         idle_since = self._monotonic() - CHECKPOINT_IDLE_SECONDS
         for other, sent in list(self._checkpoints.items()):
             if other == peer or sent.asked_at < idle_since:
                 del self._checkpoints[other]
         if not content:
             return Answer(FetchStatus.ABSENT, reason="there is no checkpoint")
-        identity = crc32(content)
         at_hand = {sent.identity: sent.content for sent in self._checkpoints.values()}
         if identity not in at_hand and len(at_hand) >= CHECKPOINTS_MAX:
             return Answer(FetchStatus.BUSY, reason="other nodes fetch older checkpoints now")
         self._checkpoints[peer] = _Sent(at_hand.get(identity, content), identity, self._monotonic())
         return None
 
-    def _read_checkpoint(self) -> bytes:
+    def _read_checkpoint(self) -> tuple[bytes, int]:
         found = read_checkpoint(self._env.files, self._folder)
-        return pack_checkpoint(found) if found is not None else b""
+        content = pack_checkpoint(found) if found is not None else b""
+        return content, crc32(content)
 
 
 def committed_manifest(store: LogStore, segment_bytes: int, committed: int) -> Manifest | None:
@@ -259,9 +260,9 @@ class FetchServer:
         self._seconds_per_byte = 1.0 / bytes_per_second
         self._paid_until = 0.0
         self._waiting: dict[str, deque[tuple[Link, Fetch]]] = {}
-        self._wake: dict[str, trio.Event] = {}
+        self._wake: dict[str, Kick] = {}
         self._new_peers: list[str] = []
-        self._new_peer = trio.Event()
+        self._new_peer = Kick()
         self._leases: dict[str, _Lease] = {}
         self.on_damage: Callable[[LogDamaged], None] | None = None
         """Told when an answer finds damage in this node's own log."""
@@ -272,7 +273,6 @@ class FetchServer:
         async with trio.open_nursery() as nursery:
             while True:
                 await self._new_peer.wait()
-                self._new_peer = trio.Event()
                 while self._new_peers:
                     nursery.start_soon(self._serve, self._new_peers.pop())
 
@@ -282,16 +282,16 @@ class FetchServer:
         waiting = self._waiting.get(peer)
         if waiting is None:
             waiting = self._waiting[peer] = deque()
-            self._wake[peer] = trio.Event()
+            self._wake[peer] = Kick()
             self._new_peers.append(peer)
-            self._new_peer.set()
+            self._new_peer.give()
         while waiting and waiting[0][0].is_closed:
             waiting.popleft()
         if len(waiting) >= PER_PEER_MAX:
             link.close()  # no correct peer asks for more at once
             return
         waiting.append((link, fetch))
-        self._wake[peer].set()
+        self._wake[peer].give()
 
     def leased_position(self) -> int | None:
         """Segments from this byte of the log on are needed by a transfer under way; None where there is none."""
@@ -326,7 +326,6 @@ class FetchServer:
         waiting = self._waiting[peer]
         while True:
             await self._wake[peer].wait()
-            self._wake[peer] = trio.Event()
             while waiting:
                 link, fetch = waiting.popleft()
                 if not link.is_closed:

@@ -19,6 +19,7 @@ import trio
 from dledger.config import Address, GroupConfig
 from dledger.core.messages import Append, AppendReply, Message, PreVoteReply, VoteReply
 from dledger.core.types import Buffer
+from dledger.kick import Kick
 from dledger.store.format import Format
 from dledger.wire import (
     APP_BYTES_MAX,
@@ -141,7 +142,7 @@ class Link:
         self._bulk_room = trio.Event()
         self._rest: list[Buffer] = []
         self._is_writing = False
-        self._writer: trio.lowlevel.Task | None = None
+        self._writer = Kick()
 
     @property
     def _has_backlog(self) -> bool:
@@ -165,14 +166,14 @@ class Link:
         while len(self._queue) > 1 and (self._queued_bytes > QUEUE_BYTES_MAX or len(self._queue) > QUEUE_MESSAGES_MAX):
             self._queued_bytes -= self._queue.popleft()[1]
             self.dropped += 1
-        self._wake_writer()
+        self._writer.give()
 
     def _send_urgent(self, parts: list[Buffer]) -> None:
         if len(self._urgent) >= QUEUE_MESSAGES_MAX:
             self._urgent.popleft()
             self.dropped += 1
         self._urgent.append(parts)
-        self._wake_writer()
+        self._writer.give()
 
     def send_fetch(self, fetch: Fetch) -> bool:
         """Ask; False where the peer's protocol version has no fetches."""
@@ -208,7 +209,7 @@ class Link:
             nbytes = sum(map(len, parts))
             self._bulk.append((parts, nbytes))
             self._bulk_bytes += nbytes
-            self._wake_writer()
+            self._writer.give()
         return not self.is_closed
 
     def send_app(self, payload: bytes) -> bool:
@@ -221,7 +222,7 @@ class Link:
             return False
         self._app.append(parts)
         self._app_bytes += len(payload)
-        self._wake_writer()
+        self._writer.give()
         return True
 
     def send_control(self, kind: int) -> None:
@@ -241,15 +242,9 @@ class Link:
             nbytes = len(part)
             if taken < nbytes:
                 self._rest = [memoryview(part)[taken:] if taken else part, *parts[number + 1 :]]
-                self._wake_writer()
+                self._writer.give()
                 return
             taken -= nbytes
-
-    def _wake_writer(self) -> None:
-        task = self._writer
-        if task is not None:
-            self._writer = None
-            trio.lowlevel.reschedule(task)
 
     def _next(self) -> Sequence[Buffer]:
         if self._rest:
@@ -283,12 +278,8 @@ class Link:
                     return
                 finally:
                     self._is_writing = False
-            self._writer = trio.lowlevel.current_task()
-            await trio.lowlevel.wait_task_rescheduled(self._abort_wait)
-
-    def _abort_wait(self, _: object) -> trio.lowlevel.Abort:
-        self._writer = None
-        return trio.lowlevel.Abort.SUCCEEDED
+            self._writer.clear()  # nothing is left of what it was kicked for meanwhile
+            await self._writer.wait()
 
     def close(self) -> None:
         """At once; the reader then sees the end of the stream."""

@@ -20,7 +20,6 @@ import struct
 from collections.abc import Callable, Sequence
 from datetime import datetime
 
-import trio
 from attrs import frozen
 
 from dledger.config import GroupConfig
@@ -28,6 +27,7 @@ from dledger.core.types import Entry, EntryType
 from dledger.disk_watch import DiskWatch
 from dledger.errors import StoreFailed
 from dledger.feed import read_entries
+from dledger.kick import Kick
 from dledger.lone_trim import drop_lone_trim, read_lone_trim, write_lone_trim
 from dledger.machine import EntryView, StateMachine
 from dledger.store.log_store import LogStore
@@ -182,7 +182,7 @@ class Retention:
         self._leased = leased
         self._removed = removed
         self._times: dict[int, int] = {}
-        self._kick = trio.Event()
+        self._kick = Kick()
         self._is_due = False
         self._is_manual = False
         self._wanted: dict[str, int] = {}
@@ -223,7 +223,7 @@ class Retention:
         self.counters["trims"] += 1
         if self._owed is not None and base >= self._owed:
             self._owed, self.is_unfit = None, False
-            self._kick.set()
+            self._kick.give()
         self._note_given_up(entry.index, base)
         if base <= self.trimmed_position:
             return
@@ -251,7 +251,7 @@ class Retention:
         self._log.info("log trimmed", position=base, first=self._store.first_position)
         self._machine.trim(base)
         self._machine.checkpoint_soon()
-        self._kick.set()
+        self._kick.give()
 
     def role_changed(self, *, is_leader: bool, leader_known: bool) -> None:
         self.is_leader = is_leader
@@ -289,7 +289,7 @@ class Retention:
 
     def _decide_soon(self) -> None:
         self._is_due = True
-        self._kick.set()
+        self._kick.give()
 
     def limit(self, position: int) -> int:
         """How far a trim to `position` may go: to a segment's begin, not into the newest closed ones."""
@@ -306,7 +306,6 @@ class Retention:
             wake_at = min(decide_at, clock.monotonic() + REMOVE_SECONDS) if self._is_removal_due else decide_at
             with clock.move_on_at(wake_at):
                 await self._kick.wait()
-            self._kick = trio.Event()
             if self._is_due or clock.monotonic() >= decide_at:
                 self._is_due = False
                 await self._decide()
