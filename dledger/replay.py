@@ -11,7 +11,7 @@ from dledger.core.types import Entry, EntryType
 from dledger.errors import LogDamaged
 from dledger.machine import EntryView, StateMachine
 from dledger.retention import trim_base
-from dledger.store.checkpoint import Checkpoint, covered_indexes, drop_checkpoints, read_checkpoint
+from dledger.store.checkpoint import Checkpoint, take_stock
 from dledger.store.log_store import LogStore
 from runtime.logs import Logger
 from runtime.model import Env
@@ -73,10 +73,11 @@ async def replay_log(
     """Bring the machine to what is known to be committed; stage, but do not apply, what lies behind. Returns also the
     checkpoint used. Checkpoint (trio). Raises TablesLost, or LogDamaged for an entry that cannot be read.
     """
-    for covers in drop_checkpoints(env.files, folder, above=store.last_index):
+    stock = take_stock(env.files, folder, last_index=store.last_index)
+    for covers in stock.dropped:
         # Nor may it count once the log has grown past it again, maybe with other entries (async power losses).
         log.warning("checkpoint lies behind the end of the log", covers=covers, last_index=store.last_index)
-    checkpoint = read_checkpoint(env.files, folder)
+    checkpoint = stock.newest
     covers, blob = (checkpoint.index, checkpoint.blob) if checkpoint is not None else (0, None)
     if covers + 1 < store.first_index:
         raise TablesLost(f"the log begins at entry {store.first_index}, but tables are known only up to {covers}")
@@ -84,7 +85,7 @@ async def replay_log(
     covered = machine.restore(blob, first_index=store.first_index, first_position=store.first_position)
     covered = max(covered, store.first_index - 1)
     # What a checkpoint covers was committed.
-    replay = Replay(machine, segment_bytes, max(covered, covers, commit_hint), covered_indexes(env.files, folder))
+    replay = Replay(machine, segment_bytes, max(covered, covers, commit_hint), stock.covered)
     if checkpoint is not None:  # it may cover TRIM entries whose segments are still there
         replay.trim(checkpoint.trimmed_position)
     index = covered + 1

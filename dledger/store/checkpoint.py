@@ -43,6 +43,18 @@ class Checkpoint:
     """Byte before which TRIM entries up to `index` gave the log up; 0 also where an older version did not tell."""
 
 
+@frozen
+class Stock:
+    """The checkpoints there are."""
+
+    newest: Checkpoint | None
+    """The newest one that can be read."""
+    covered: tuple[int, int]
+    """Entries that the older and the newer file cover; 0 for one that is not there, or cannot be read."""
+    dropped: list[int]
+    """What those covered that were removed."""
+
+
 def pack_checkpoint(checkpoint: Checkpoint) -> bytes:
     """The file's content."""
     covered = _HEADER.pack(
@@ -106,24 +118,23 @@ def read_checkpoint(files: Files, folder: str, *, up_to: int | None = None) -> C
     return None
 
 
-def covered_indexes(files: Files, folder: str) -> tuple[int, int]:
-    """What the older and the newer checkpoint cover; 0 for one that is not there, or cannot be read."""
-    newest, older = (_read(files, f"{folder}/{name}") for name in CHECKPOINT_FILES)
-    return (older.index if older is not None else 0), (newest.index if newest is not None else 0)
-
-
-def drop_checkpoints(files: Files, folder: str, *, above: int) -> list[int]:
-    """Remove those that cover more than entry `above`: a log that lost its end must not meet them again once it has
-    grown past it, maybe with other entries. Waits for the disk. Returns what they covered."""
-    dropped = []
+def take_stock(files: Files, folder: str, *, last_index: int) -> Stock:
+    """What a start finds; each file is read once. Those that cover more than the log holds are removed: a log that lost
+    its end must not meet them again once it has grown past it, maybe with other entries. Waits for the disk then."""
+    newest: Checkpoint | None = None
+    covered: list[int] = []
+    dropped: list[int] = []
     for name in CHECKPOINT_FILES:
         found = _read(files, f"{folder}/{name}")
-        if found is not None and found.index > above:
+        if found is not None and found.index > last_index:
             files.unlink(f"{folder}/{name}")
             dropped.append(found.index)
+            found = None
+        covered.append(found.index if found is not None else 0)
+        newest = newest or found
     if dropped:
         files.sync_dir(folder)
-    return dropped
+    return Stock(newest, (covered[1], covered[0]), dropped)
 
 
 def _read(files: Files, path: str) -> Checkpoint | None:

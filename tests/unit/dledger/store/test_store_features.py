@@ -21,9 +21,9 @@ from dledger.store.checkpoint import _HEADER_2 as HEADER_2
 from dledger.store.checkpoint import (
     CHECKPOINT_MAGIC,
     Checkpoint,
-    covered_indexes,
-    drop_checkpoints,
+    Stock,
     read_checkpoint,
+    take_stock,
     unpack_checkpoint,
     write_checkpoint,
 )
@@ -432,8 +432,10 @@ def test_checkpoints_are_kept_in_pairs_and_version_1_is_read(tmp_path: Path) -> 
     assert read_checkpoint(files, folder) == Checkpoint(7, b"old")
     write_checkpoint(files, folder, 11, b"eleven")  # does not push the good one out for the damaged one
     assert read_checkpoint(files, folder, up_to=10) == Checkpoint(7, b"old")
-    assert drop_checkpoints(files, folder, above=8) == [11]
-    assert read_checkpoint(files, folder) == Checkpoint(7, b"old")
+    assert take_stock(files, folder, last_index=8) == Stock(Checkpoint(7, b"old"), (7, 0), [11])
+    assert take_stock(files, folder, last_index=7) == Stock(Checkpoint(7, b"old"), (7, 0), [])
+    assert take_stock(files, folder, last_index=6) == Stock(None, (0, 0), [7])
+    assert read_checkpoint(files, folder) is None
 
 
 def test_a_checkpoint_of_version_2_is_read_and_tells_of_no_trim(tmp_path: Path) -> None:
@@ -443,9 +445,9 @@ def test_a_checkpoint_of_version_2_is_read_and_tells_of_no_trim(tmp_path: Path) 
     assert read_checkpoint(files, folder) == Checkpoint(7, b"old", b"ab", 4)
     write_checkpoint(files, folder, 9, b"nine", config=b"abc", config_index=4, trimmed_position=1 << 40)
     assert read_checkpoint(files, folder) == Checkpoint(9, b"nine", b"abc", 4, 1 << 40)
-    assert covered_indexes(files, folder) == (7, 9)
+    assert take_stock(files, folder, last_index=9).covered == (7, 9)
     (tmp_path / "checkpoint").write_bytes(b"damaged")
-    assert covered_indexes(files, folder) == (7, 0)
+    assert take_stock(files, folder, last_index=9).covered == (7, 0)
 
 
 async def test_scenario_12_torn_tail_of_several_frames_then_more(tmp_path: Path) -> None:
