@@ -36,6 +36,10 @@ class Usage:
     def share(self) -> float:
         return 1.0 - self.free / self.total if self.total else 0.0
 
+    def excess(self, share: float) -> int:
+        """Bytes that have to go for no more than this share to be used."""
+        return int((self.share - share) * self.total)
+
 
 class DiskWatch:
     """Takes note of what waits for the disk. `verdict` is cheap; ask it a few times a second."""
@@ -62,11 +66,6 @@ class DiskWatch:
 
     def end(self, what: str) -> None:
         self._busy.pop(what, None)
-
-    def still(self, what: str) -> None:
-        """As `begin`, unless it has begun already."""
-        if what not in self._busy:
-            self._busy[what] = self._monotonic()
 
     @property
     def stalled(self) -> str | None:

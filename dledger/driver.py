@@ -279,7 +279,7 @@ class Driver:
         """
         self._check_leads()
         allowed = self.retention.limit(position if is_forced else min(position, self._machine.trim_floor()))
-        if allowed <= max(self.store.first_position, self.retention.trimmed_position):
+        if allowed <= self.retention.begin_position:
             raise LedgerError(f"no closed segment before {position} can be trimmed")
         self._propose_trim(Plan(allowed, is_forced, "asked for"))
         return allowed

@@ -24,7 +24,7 @@ from attrs import frozen
 
 from dledger.config import GroupConfig
 from dledger.core.types import Entry, EntryType
-from dledger.disk_watch import DiskWatch
+from dledger.disk_watch import DiskWatch, Usage
 from dledger.errors import StoreFailed
 from dledger.feed import read_entries
 from dledger.kick import Kick
@@ -107,8 +107,8 @@ class Situation:
     files_end: int
     """Where the files end, those that are made ahead counted too."""
     floor: int
-    disk_free: int
-    disk_total: int
+    disk: Usage
+    """Everything given up already being gone."""
 
 
 def decide(config: GroupConfig, now: Situation, *, is_manual: bool = False) -> Plan | None:
@@ -117,9 +117,9 @@ def decide(config: GroupConfig, now: Situation, *, is_manual: bool = False) -> P
     if not segments:
         return None
     early, forced, _ = config.disk_watermarks
-    usage = 1.0 - now.disk_free / now.disk_total if now.disk_total else 0.0
+    usage = now.disk.share
     if usage > forced:
-        excess = int((usage - forced) * now.disk_total)
+        excess = now.disk.excess(forced)
         position = segments[0].end
         for segment in segments:
             position = segment.end
@@ -193,10 +193,10 @@ class Retention:
         """(entry, byte) of the TRIM entries applied, ascending, as far back as a checkpoint or a power loss may ask."""
         self._owed: int | None = None
         """Byte before which the log was given up alone, and by no TRIM yet."""
-        self._asked_for = 0
-        """What the leader was asked for last."""
         self._noted: int | None = None
         """The same, as it is noted on the disk."""
+        self._asked_for = 0
+        """What the leader was asked for last."""
         self.is_leader = False
         self.trimmed_position = 0
         """Byte before which the log was given up, by TRIM entries and alone."""
@@ -214,12 +214,16 @@ class Retention:
             self._owed = owed
             self.is_unfit = True
 
+    @property
+    def begin_position(self) -> int:
+        """Where the log begins, everything given up already being gone."""
+        return max(self._store.first_position, self.trimmed_position)
+
     # From the driver's turns.
 
     def apply(self, entry: Entry) -> None:
         """A TRIM is committed, and everything before it is applied."""
         base = trim_base(entry, self._segment_bytes)
-        is_forced = decode_trim(entry.body)[1]
         self.counters["trims"] += 1
         if self._owed is not None and base >= self._owed:
             self._owed, self.is_unfit = None, False
@@ -227,9 +231,9 @@ class Retention:
         self._note_given_up(entry.index, base)
         if base <= self.trimmed_position:
             return
+        _, is_forced = decode_trim(entry.body)
         if is_forced:
-            known = max(self.trimmed_position, self._store.first_position)
-            self.counters["lost_to_trim"] += max(0, base - max(known, min(self._machine.trim_floor(), base)))
+            self.counters["lost_to_trim"] += max(0, base - max(self.begin_position, self._machine.trim_floor()))
         self._give_up(base)
 
     def _note_given_up(self, index: int, base: int) -> None:
@@ -270,7 +274,7 @@ class Retention:
         """The log goes on in its next segment. Where it is large, or the disk nearly full: see at once what has to go,
         and have it covered by then."""
         limit = self._config.retention_bytes
-        is_large = limit is not None and self._files_end() + self._segment_bytes - self._begin() > limit
+        is_large = limit is not None and self._files_end() + self._segment_bytes - self.begin_position > limit
         if is_large or self._is_pressed:
             self._machine.checkpoint_soon()
             if self.is_leader or self._is_pressed:
@@ -312,7 +316,7 @@ class Retention:
                 decide_at = clock.monotonic() + (PRESSED_SECONDS if self._is_pressed else DECIDE_SECONDS)
             await self._keep_note()
             if self._is_removal_due:
-                await self._remove(self.trimmed_position)
+                await self._remove()
 
     @property
     def _is_removal_due(self) -> bool:
@@ -321,10 +325,6 @@ class Retention:
     @property
     def _is_pressed(self) -> bool:
         return self._disk.is_full or self._disk.usage.share > self._config.disk_watermarks[1]
-
-    def _begin(self) -> int:
-        """Where the log begins, everything given up already being gone."""
-        return max(self._store.first_position, self.trimmed_position)
 
     def _files_end(self) -> int:
         """Of the segment that is written to, the spare behind it, and the one that is made while segments go."""
@@ -358,7 +358,7 @@ class Retention:
         first_index = self._store.first_index
         self._times = {index: stored_ms for index, stored_ms in self._times.items() if index >= first_index}
         plan = decide(self._config, self._situation(segments), is_manual=is_manual)
-        reached = max(self._begin(), plan.position if plan is not None else 0)
+        reached = max(self.begin_position, plan.position if plan is not None else 0)
         for peer, position in wanted.items():
             allowed = self.limit(position)
             if allowed > reached:
@@ -374,11 +374,10 @@ class Retention:
             now_ms=now_ms,
             hour=datetime.fromtimestamp(now_ms / 1000).hour,
             segments=segments,
-            first_position=self._begin(),
+            first_position=self.begin_position,
             files_end=self._files_end(),
             floor=self._machine.trim_floor(),
-            disk_free=usage.free + max(0, self.trimmed_position - store.first_position),
-            disk_total=usage.total,
+            disk=Usage(usage.free + self.begin_position - store.first_position, usage.total),
         )
 
     def _ask_for_trim(self) -> None:
@@ -407,11 +406,11 @@ class Retention:
                         break
         return self._times.get(first_index)
 
-    async def _remove(self, position: int) -> None:
-        """Remove segments before `position`, as far as TRIM entries on stable storage, or the note, say so, checkpoints
-        cover them, and no peer needs them."""
+    async def _remove(self) -> None:
+        """Remove segments that were given up, as far as TRIM entries on stable storage, or the note, say so,
+        checkpoints cover them, and no peer needs them."""
         store = self._store
-        position = min(position, max(self.trimmed_at(store.durable_index), self._owed or 0))
+        position = max(self.trimmed_at(store.durable_index), self._owed or 0)
         covered = min(self._checkpoints)
         leased = self._leased()
         if leased is not None:
@@ -456,14 +455,14 @@ class Retention:
         if usage.share <= forced:
             return
         store = self._store
-        excess = int((usage.share - forced) * usage.total)
+        excess = usage.excess(forced)
         covered = min(self._checkpoints)
         base = store.first_position
         for segment in self._candidates(self._closed()):
             if segment.last_index > covered or base - store.first_position >= excess:
                 break
             base = segment.base + self._segment_bytes
-        if base <= self._begin():
+        if base <= self.begin_position:
             self._machine.checkpoint_soon()
             return
         self._log.warning("trimmed without the group: the disk is nearly full", position=base, usage=usage.share)

@@ -115,7 +115,7 @@ def statistics_of(driver: Driver, config: GroupConfig, lag: LagHistory, now: flo
         peer_state={peer: each.state.name.lower() for peer, each in progress.items()},
         inflight={peer: len(each.inflight) for peer, each in progress.items()},
         lag_seconds={peer: lag.seconds(now, each.written, last_index) for peer, each in progress.items()},
-        trimmed_position=max(driver.retention.trimmed_position, store.first_position),
+        trimmed_position=driver.retention.begin_position,
         disk_ok=core.is_disk_ok,
         disk_usage=driver.disk.usage.share,
         disk_watermarks=config.disk_watermarks,

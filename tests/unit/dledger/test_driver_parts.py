@@ -189,12 +189,10 @@ def test_a_background_sync_may_take_ten_seconds() -> None:
     assert disk.verdict(is_unfit=False) is False
 
 
-def test_what_goes_on_keeps_its_first_moment_unless_it_begins_anew() -> None:
+def test_what_begins_anew_is_no_stall() -> None:
     disk, world = watch()
-    disk.still(LOG_WRITE)
-    world.clock.now += 1.5
-    disk.still(LOG_WRITE)
-    world.clock.now += 0.5
+    disk.begin(LOG_WRITE)
+    world.clock.now += 2.0
     assert disk.stalled == LOG_WRITE
     disk.begin(LOG_WRITE)
     assert disk.stalled is None

@@ -456,10 +456,10 @@ async def test_4_9_segments_go_once_the_older_checkpoint_covers_them_too() -> No
     machine.checkpoints_wanted = 0
     kept.checkpoint_saved(2)
     kept.checkpoint_saved(8)
-    await kept._remove(4 * SEGMENT)
+    await kept._remove()
     assert store.trims == [SEGMENT] and machine.checkpoints_wanted == 1
     kept.checkpoint_saved(9)
-    await kept._remove(4 * SEGMENT)
+    await kept._remove()
     assert store.trims == [SEGMENT, 4 * SEGMENT]
 
 

@@ -15,6 +15,7 @@ from attrs import evolve
 from dledger import retention
 from dledger.config import GroupConfig
 from dledger.core.types import EntryType, frame_entry
+from dledger.disk_watch import Usage
 from dledger.driver import Driver
 from dledger.errors import LedgerError, NotLeader
 from dledger.lone_trim import LONE_TRIM_FILE, drop_lone_trim, read_lone_trim, write_lone_trim
@@ -48,8 +49,7 @@ def situation(ages_hours: Sequence[float | None], **changes: Any) -> Situation:
         first_position=0,
         files_end=(len(ages_hours) + 3) * SEGMENT,
         floor=1 << 60,
-        disk_free=50,
-        disk_total=100,
+        disk=Usage(50, 100),
     )
     return evolve(known, **changes)
 
@@ -69,18 +69,18 @@ def test_a_segment_whose_age_is_unknown_stays_and_so_does_all_behind_it() -> Non
 
 
 def test_above_the_first_watermark_what_is_old_enough_goes_at_any_hour() -> None:
-    now = situation([80, 10], hour=12, disk_free=25)
+    now = situation([80, 10], hour=12, disk=Usage(25, 100))
     assert decide(config(), now) is None, "at the mark, not above it"
-    assert decide(config(), evolve(now, disk_free=24)) == Plan(SEGMENT, False, "older than 72 hours")
+    assert decide(config(), evolve(now, disk=Usage(24, 100))) == Plan(SEGMENT, False, "older than 72 hours")
 
 
 def test_above_the_second_watermark_the_oldest_go_whatever_their_age_and_no_more_than_needed() -> None:
     total = 100 * SEGMENT
-    now = situation([1, 1, 1, 1], hour=12, disk_total=total, disk_free=13 * SEGMENT, floor=0)
+    now = situation([1, 1, 1, 1], hour=12, disk=Usage(13 * SEGMENT, total), floor=0)
     plan = decide(config(), now)
     assert plan == Plan(2 * SEGMENT, True, "the disk is 87% full"), "two segments bring it back to 85 %"
-    assert decide(config(), evolve(now, disk_free=15 * SEGMENT)) is None
-    everything = decide(config(), evolve(now, disk_free=0))
+    assert decide(config(), evolve(now, disk=Usage(15 * SEGMENT, total))) is None
+    everything = decide(config(), evolve(now, disk=Usage(0, total)))
     assert everything is not None and everything.position == 4 * SEGMENT
 
 
@@ -99,14 +99,14 @@ def test_what_the_machine_needs_stays_unless_forced() -> None:
     assert decide(config(), now) == Plan(SEGMENT, False, "older than 72 hours")
     assert decide(config(), evolve(now, floor=SEGMENT - 1)) is None
     assert decide(config(retention_bytes=1), evolve(now, floor=SEGMENT - 1)) is None
-    forced = decide(config(), evolve(now, floor=0, disk_free=1, disk_total=100))
+    forced = decide(config(), evolve(now, floor=0, disk=Usage(1, 100)))
     assert forced is not None and forced.is_forced
 
 
 def test_what_is_given_up_already_is_not_given_up_again() -> None:
     assert decide(config(), situation([80, 80], first_position=2 * SEGMENT)) is None
     assert decide(config(), situation([])) is None
-    plan = decide(config(), situation([1, 1, 1], first_position=SEGMENT, disk_free=1, disk_total=100))
+    plan = decide(config(), situation([1, 1, 1], first_position=SEGMENT, disk=Usage(1, 100)))
     assert plan is not None and plan.position == 2 * SEGMENT
 
 
