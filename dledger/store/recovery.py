@@ -4,8 +4,9 @@ Closed segments are trusted when their side rows are complete and the next segme
 verifies again. The rest is walked frame by frame (`dledger.store.walk`). At a hole there are two cases:
 
 * Evidence that its first entry once was on stable storage (a side row, the durable mark in the meta slot, with sync
-  flush a later frame's commit hint), or bytes that the disk does not give back: the entries are *damaged*. Nothing is
-  cut and everything intact is kept; the range is reported, for this node may have acknowledged the entries.
+  flush a later frame's commit hint), bytes that the disk does not give back, or a log without its first segment: the
+  entries are *damaged*. Nothing is cut and everything intact is kept; the range is reported, for this node may have
+  acknowledged the entries.
 * No evidence: a *torn tail* of writes nobody was promised. It is overwritten with zeros and synced, also when intact
   frames follow it, because a power loss may persist pages in any order.
 
@@ -25,9 +26,11 @@ from dledger.store.format import LOG_FOLDER, ROWS_FOLDER
 from dledger.store.rows import ROW_BYTES, last_row, read_row
 from dledger.store.segments import (
     Segment,
+    last_row_at,
     open_segment,
     read_around,
     remove_segments,
+    retire_all,
     row_bases,
     segment_bases,
     segment_name,
@@ -70,8 +73,7 @@ def recover_log(
     try:
         return _recover(files, folder, segment_bytes, base, segments, durable_index, hint_is_evidence)
     except (LogDamaged, OSError):
-        for segment in segments:
-            segment.close()
+        retire_all(segments)
         raise
 
 
@@ -151,8 +153,7 @@ def _open_all(files: Files, folder: str, segment_bytes: int, base: BaseRecord) -
             if each >= first_base:
                 segments.append(open_segment(files, folder, each, segment_bytes))
     except OSError:
-        for segment in segments:
-            segment.close()
+        retire_all(segments)
         raise
     return segments
 
@@ -167,11 +168,7 @@ def _rows_evidence(files: Files, folder: str, segments: list[Segment], first_bas
     for base in row_bases(files, folder):
         if base in open_bases or base < first_base:
             continue
-        file = files.open(f"{folder}/{ROWS_FOLDER}/{segment_name(base)}")
-        try:
-            row = last_row(file)
-        finally:
-            file.close()
+        row = last_row_at(files, folder, base)
         if row is not None:  # rows go before their segment: this one was not removed in order
             evidence[base] = row.index
     return evidence

@@ -17,8 +17,16 @@ from dledger.store.faults import FaultyRange, add_suspects
 from dledger.store.format import LOG_FOLDER, ROWS_FOLDER
 from dledger.store.meta import MetaFile
 from dledger.store.quarantine import keep_aside
-from dledger.store.rows import ROW_BYTES, Row, last_row, read_rows, row_of
-from dledger.store.segments import open_segment, read_around, remove_segments, row_bases, segment_bases, segment_name
+from dledger.store.rows import ROW_BYTES, Row, read_rows, row_of
+from dledger.store.segments import (
+    last_row_at,
+    open_segment,
+    read_around,
+    remove_segments,
+    row_bases,
+    segment_bases,
+    segment_name,
+)
 from runtime.model import Env, File, Files
 
 _CHUNK = 1 << 20
@@ -150,11 +158,7 @@ def row_of_last(files: Files, folder: str, segment_bytes: int, fault: FaultyRang
     the front of the range to that checksum are, byte for byte, those that were there. Blocks. Raises OSError.
     """
     for base in row_bases(files, folder):
-        file = files.open(f"{folder}/{ROWS_FOLDER}/{segment_name(base)}")
-        try:
-            row = last_row(file)
-        finally:
-            file.close()
+        row = last_row_at(files, folder, base)
         if row is not None and row.index == fault.last_index and base <= row.position < base + segment_bytes:
             return row
     return None

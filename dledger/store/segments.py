@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dledger.core.types import BODY_BYTES_MAX, HEADER_BYTES, BadFrame, Entry, parse_entry
 from dledger.errors import LogDamaged
 from dledger.store.format import LOG_FOLDER, ROWS_FOLDER
-from dledger.store.rows import DISK_FULL, ROW_BYTES, Row, read_row, unpack_row
+from dledger.store.rows import DISK_FULL, ROW_BYTES, Row, last_row, read_row, unpack_row
 from runtime.model import File, Files
 
 NAME_DIGITS = 20
@@ -59,6 +59,15 @@ def row_bases(files: Files, folder: str) -> list[int]:
     """Start positions of the segments that have side rows, ascending."""
     names = files.listdir(f"{folder}/{ROWS_FOLDER}")
     return sorted(int(name) for name in names if len(name) == NAME_DIGITS and name.isdigit())
+
+
+def last_row_at(files: Files, folder: str, base: int) -> Row | None:
+    """The last readable side row of the segment that begins there, be it open or lost."""
+    file = files.open(f"{folder}/{ROWS_FOLDER}/{segment_name(base)}")
+    try:
+        return last_row(file)
+    finally:
+        file.close()
 
 
 class Segment:
@@ -160,7 +169,7 @@ class Segment:
         What was reserved and never written is not read: in a segment that has just begun that is nearly all of it.
         """
         for start, end in self.file.data_extents(offset):
-            offset = start
+            offset = max(offset, start)
             while offset < min(end, self.nbytes):
                 step = min(_CHUNK - offset % _CHUNK, self.nbytes - offset)
                 data, readable = read_around(self.file, step, offset)

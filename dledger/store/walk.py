@@ -46,6 +46,7 @@ class Hole:
     contradicts: bool
     """No bytes are damaged there: an end too early, or another log's frames."""
     unreadable: bool = False
+    """Damage for certain: the disk does not give some of the bytes back, or the log lacks its first segment."""
     is_missing: bool = False
     """There is no file."""
 
@@ -91,6 +92,7 @@ class Walk:
     before: list[LastEntry] = field(factory=list)
     """What lies before each fault."""
     unreadable: list[bool] = field(factory=list)
+    """Of each fault, as of its `Hole`."""
     dirty_gaps: list[int] = field(factory=list)
     """Ends of entries behind which their segment should hold nothing but zeros."""
     completions: list[Completion] = field(factory=list)

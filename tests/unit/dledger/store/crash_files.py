@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+from runtime.files import replace_atomically
 from runtime.model import Buffer
 
 
@@ -177,12 +178,7 @@ class CrashFiles:
         return bytes(self.open(path).inode.cached)
 
     def write_atomic(self, path: str, data: bytes) -> None:
-        file = self.open(f"{path}.tmp", create=True)
-        file.truncate(0)
-        file.pwrite(data, 0)
-        file.sync_now()
-        self.rename(f"{path}.tmp", path)
-        self.sync_dir(path.rpartition("/")[0])
+        replace_atomically(self, path, data)
 
     def rename(self, old: str, new: str) -> None:
         self.operation(f"rename {old} {new}")
