@@ -16,13 +16,14 @@ from attrs import evolve
 
 from dledger.config import Address, GroupConfig
 from dledger.core.membership import AddLearner, Change, Members, Promote, Remove, encode_members
-from dledger.core.types import HEADER_BYTES, Role
+from dledger.core.types import Role
 from dledger.driver import Driver
 from dledger.errors import LedgerError, LogDamaged, NotLeader, Overloaded, TooLarge
 from dledger.lifecycle import LifeCycle
 from dledger.machine import EntryView, GroupStatistics, StateMachine
 from dledger.open_batch import OpenBatch
 from dledger.peers import Refused
+from dledger.reads import Told
 from dledger.store.checkpoint import write_checkpoint
 from dledger.store.manifest import Manifest
 from runtime.logs import Logger
@@ -52,8 +53,6 @@ SUCCESSOR_LOOK_SECONDS = 0.01
 """After a transfer: for how long to wait for the first word of the new leader, and how often to look."""
 CHECKPOINT_LOOK_SECONDS = 0.01
 LATE = "late"
-BODY_OFFSET = HEADER_BYTES
-"""From an entry's position to the physical offset of the first byte of its body."""
 
 
 class RaftGroup:
@@ -289,7 +288,7 @@ class RaftGroup:
                     await self._env.clock.sleep(SUCCESSOR_LOOK_SECONDS)
         return "the transfer has not ended in time" if outcome is LATE else outcome
 
-    def read_index(self, callback: Callable[[str | None], None]) -> None:
+    def read_index(self, callback: Told) -> None:
         """Call back once this node's tables show everything that was acknowledged before this call: with None, in a
         driver turn. Where the node does not lead, or cannot have that confirmed: with the reason, maybe at once.
 
@@ -325,7 +324,7 @@ class RaftGroup:
                 await self._check_address(driver, node, members.addresses[node], is_needed=True)
         reason = await self._outcome(lambda told: driver.leadership.change_members(change, told), None)
         if reason is not None:
-            raise LedgerError(str(reason))
+            raise LedgerError(reason)
 
     async def _check_address(self, driver: Driver, node: str, address: Address, *, is_needed: bool) -> None:
         """Raises LedgerError where `address` is not, or does not seem to be, that of `node`."""
@@ -374,9 +373,7 @@ class RaftGroup:
             raise NotLeader(self.leader_id)
         return driver
 
-    async def _outcome(
-        self, ask: Callable[[Callable[[str | None], None]], object], seconds: float | None
-    ) -> str | None:
+    async def _outcome(self, ask: Callable[[Told], object], seconds: float | None) -> str | None:
         """What the driver tells about a request; LATE when it takes longer than `seconds`."""
         told = trio.Event()
         outcome: list[str | None] = []

@@ -100,7 +100,7 @@ class Measures:
     def __init__(self) -> None:
         self.counters = dict.fromkeys(COUNTERS, 0)
         self.write = Histogram()
-        """From handing entries to the page cache to its answer; of every eighth turn."""
+        """From handing entries to the page cache to its answer; of every eighth turn, and of each write in a thread."""
         self.fsync = Histogram()
         self.replicate = Histogram()
         """From a message with entries to its answer; one sample at a time for each peer."""

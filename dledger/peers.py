@@ -129,7 +129,6 @@ class Link:
         self.reader = reader
         self.since = now
         self.last_received = now
-        self.last_sent = now
         self.is_closed = False
         self.dropped = 0
         self._urgent: deque[list[Buffer]] = deque()
@@ -407,12 +406,9 @@ class Peers:
         with self._env.clock.fail_after(DIAL_SECONDS_MAX + HANDSHAKE_SECONDS_MAX):
             stream = await self._env.net.dial(*address, timeout=DIAL_SECONDS_MAX)
             try:
-                give_up_after(stream, UNANSWERED_SECONDS_MAX)
-                hello = self._hello(node)
-                await stream.send_parts(encode(KIND_HELLO, hello_fields(hello, self._versions[1])))
-                answer = await _receive_one(stream, MessageReader())
+                _, answer = await self._greet(stream, MessageReader(), node)
                 if answer.kind == KIND_REFUSED:
-                    raise Refused(self._told(" ".join(str(field) for field in answer.fields[:1])))
+                    raise Refused(self._told(_reason(answer)))
                 if answer.kind != KIND_WELCOME or len(answer.fields) != 2:
                     raise Refused("no node of a raft group answers there")
                 welcome = decode_hello(Received(KIND_WELCOME, answer.fields[0], answer.raw))
@@ -564,17 +560,21 @@ class Peers:
             raise Refused("its nonce has the wrong size")
         return version
 
+    async def _greet(self, stream: Stream, reader: MessageReader, to: str) -> tuple[Hello, Received]:
+        """Say who is calling whom. Returns what was said, and the first answer."""
+        give_up_after(stream, UNANSWERED_SECONDS_MAX)
+        hello = self._hello(to)
+        await stream.send_parts(encode(KIND_HELLO, hello_fields(hello, self._versions[1])))
+        return hello, await _receive_one(stream, reader)
+
     async def _introduce(self, peer: str, stream: Stream) -> Link:
         """The dialling side of the handshake. Raises Refused, WireError or trio's errors; the stream is closed then."""
         reader = MessageReader()
-        give_up_after(stream, UNANSWERED_SECONDS_MAX)
         try:
             with self._env.clock.fail_after(HANDSHAKE_SECONDS_MAX):
-                hello = self._hello(peer)
-                await stream.send_parts(encode(KIND_HELLO, hello_fields(hello, self._versions[1])))
-                answer = await _receive_one(stream, reader)
+                hello, answer = await self._greet(stream, reader, peer)
                 if answer.kind == KIND_REFUSED:
-                    raise Refused("refused us: " + " ".join(str(field) for field in answer.fields[:1]))
+                    raise Refused(f"refused us: {_reason(answer)}")
                 if answer.kind != KIND_WELCOME or len(answer.fields) != 2:
                     raise Refused("answers with something else than a welcome")
                 welcome = decode_hello(Received(KIND_WELCOME, answer.fields[0], answer.raw))
@@ -585,7 +585,7 @@ class Peers:
                 await stream.send_parts(encode(KIND_PROOF, (prove(secret, b"dial", hello, welcome, version),)))
                 answer = await _receive_one(stream, reader)
                 if answer.kind != KIND_PONG:
-                    raise Refused("refused us: " + " ".join(str(field) for field in answer.fields[:1]))
+                    raise Refused(f"refused us: {_reason(answer)}")
         except BaseException:
             stream.abort()
             raise
@@ -738,6 +738,11 @@ def _decode(link: Link, received: Received) -> Any:
     if link.version < 2:
         raise WireError(f"a message of kind {kind} in protocol version {link.version}")
     return decode(received)
+
+
+def _reason(refused: Received) -> str:
+    """Why the other side will not have us, as it says; nothing where it does not."""
+    return " ".join(str(field) for field in refused.fields[:1])
 
 
 async def _receive_one(stream: Stream, reader: MessageReader) -> Received:
