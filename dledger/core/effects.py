@@ -74,7 +74,7 @@ class TransferEnded(msgspec.Struct, frozen=True):
 
 
 class Recovered(msgspec.Struct, frozen=True):
-    """This node votes normally again after a power loss: a leader has confirmed its log, or the operator the loss."""
+    """This node votes normally again: a leader or an election has confirmed its log, or the operator the loss."""
 
     term: int
 

@@ -56,10 +56,6 @@ class Ballot:
             self._refused.add(voter)
 
     @property
-    def granted(self) -> int:
-        return len(self._granted)
-
-    @property
     def is_won(self) -> bool:
         sure = len(self._granted) - len(self._recovering)
         return sure >= majority(len(self._voters)) or len(self._granted) == len(self._voters)

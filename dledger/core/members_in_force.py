@@ -45,9 +45,9 @@ def members_by_index(configs: Sequence[Entry]) -> list[tuple[int, Members]]:
 
 
 class MembersInForce:
-    """Attributes are for reading. `peers` are the other members, `voting_peers` the other voters; `open_index` is the
-    CONFIG entry in force while it is not committed, else 0. Raises LocalError as `ConfigHistory`, and when there is no
-    voter.
+    """Attributes are for reading, but for `is_told_removed`: a voter has told us that we are none, and no leader has
+    spoken to us since. `peers` are the other members, `voting_peers` the other voters; `open_index` is the CONFIG entry
+    in force while it is not committed, else 0. Raises LocalError as `ConfigHistory`, and when there is no voter.
     """
 
     __slots__ = (
@@ -81,7 +81,6 @@ class MembersInForce:
         self.is_voter = self._node_id in members.voters
         self.peers = tuple(node for node in members.all if node != self._node_id)
         self.voting_peers = tuple(node for node in members.voters if node != self._node_id)
-        # A voter has told us that we are none, and no leader has spoken to us since.
         self.is_told_removed = False
 
     def append(self, index: int, members: Members, commit_index: int) -> None:

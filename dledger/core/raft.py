@@ -12,7 +12,7 @@ Theory
 *Terms and votes* (Raft 5.1, 5.2). Time is divided into terms; a term has at most one leader, because a node votes once
 per term and keeps (term, vote) on stable storage. The order of all handlers is the same: compare terms first, adopt a
 higher one, only then look at anything else. A voter that compared logs first would refuse for ever without learning
-the term, and the group would be stuck (dledger#85). Until `HardStateSaved` comes back, no message leaves: `_send`
+the term, and the group would be stuck (dledger#85). Until `HardStateSaved` comes back, no message leaves: `Outbox`
 holds them (at most one per peer and kind), for each carries the new term.
 
 *Pre-vote* (dissertation 9.6). Before raising its term a node asks whether it would be elected. A voter says yes when
@@ -74,8 +74,8 @@ that nothing disturbs hand over to a better one. It deposes nobody.
 
 *Recovering*. With asynchronous flush a power loss can make a node forget what it acknowledged. Such a node is started
 as `recovering`: its votes count only if every voter grants (see `Ballot`), until a leader whose commit index lies in
-its own term has confirmed our log up to that index, or the operator accepts the loss. So is a node with an empty folder
-under a known name: it may have acknowledged anything (nats-server#2792).
+its own term has confirmed our log up to that index, it is elected itself, or the operator accepts the loss. So is a
+node with an empty folder under a known name: it may have acknowledged anything (nats-server#2792).
 
 Where to read it
 ================
@@ -136,7 +136,7 @@ class Raft:
     """One node of a group. Public attributes are for reading.
 
     `voters` is the bootstrap list, `configs` are the CONFIG entries known, ascending by index: those of the log and the
-    one before its first entry; the last one is in force, committed or not. `rng` decides timeouts and nothing else.
+    one before its first entry; the last one is in force, committed or not. `rng` gives delays and tickets.
     `hard_state` is the one last saved, `log` the log as recovered, all of it on stable storage. `commit_index` may name
     an entry that is committed for sure. `recovering`: see the essay. Raises LocalError when there is no voter or the
     CONFIG entries do not fit the log.

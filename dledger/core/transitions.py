@@ -1,4 +1,4 @@
-"""Who may become what, and why, as data. `raft.py` changes a role or a peer's state only through these tables.
+"""Who may become what, and why, as data: `raft.py` changes a role, `progress.py` a peer's state by these tables only.
 
 The values of `Cause` and `PeerCause` are the phrases an operator reads in the log.
 """

@@ -267,17 +267,6 @@ class LogReader:
         finally:
             segment.leave()
 
-    async def read_chunk(self, base: int, offset: int, nbytes: int) -> bytes:
-        """Verified bytes of a closed segment, in a thread. Checkpoint. Raises EntryDamaged, KeyError for a segment
-        that is not there (any more).
-        """
-        if base not in self._by_base:
-            raise KeyError(base)
-        nbytes = min(nbytes, self._segment_bytes - offset)
-        data = await self.read_in_thread(base + offset, nbytes)
-        assert data is not None
-        return data
-
     async def scrub(self, bytes_per_second: int) -> None:
         """Verify the closed segments and their names, again and again, once a day. Runs until cancelled. Raises
         EntryDamaged."""

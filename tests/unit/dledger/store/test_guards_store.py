@@ -432,7 +432,7 @@ async def given(tmp_path: Path) -> tuple[Manifest, dict[int, bytes]]:
     await write_log(tmp_path / "giver", ENTRIES)
     giver, _ = await opened(test_env(tmp_path / "giver"), tmp_path / "giver")
     manifest = giver.manifest()
-    chunks = {info.base: await giver.read_chunk(info.base, 0, info.used_bytes) for info in manifest.segments}
+    chunks = {info.base: await giver.read_in_thread(info.base, info.used_bytes) for info in manifest.segments}
     await giver.close()
     return manifest, chunks
 

@@ -207,7 +207,7 @@ async def test_install_ends_in_the_old_or_the_new_log() -> None:
     before = await built(ENTRIES[:20])
     write_checkpoint(before, FOLDER, 15, b"old")
     checkpoint = pack_checkpoint(Checkpoint(manifest.segments[-1].last_index, b"new"))
-    chunks = {base: await giver.read_chunk(base, 0, SEGMENT) for base in (info.base for info in manifest.segments)}
+    chunks = {info.base: await giver.read_in_thread(info.base, SEGMENT) for info in manifest.segments}
 
     async def install(files: CrashFiles) -> None:
         staging = Staging.open(files, FOLDER, manifest)
