@@ -98,16 +98,26 @@ class Tries:
     def _is_asked(self, address: str) -> bool:
         return any(each.address == address for each in self._open)
 
-    async def ask(self, broker_name: str, address: str, request: Command, timeout: float) -> None:
-        """Send the request to one more node, connected within `timeout` seconds.
+    async def ask(self, broker_name: str, address: str, request: Command, timeout: float) -> tuple[str, Command]:
+        """Send the request to one more node, and wait for `take`'s answer, `timeout` seconds in all.
 
-        Raises ConnectFailed or ConnectionLost, and then nothing was sent. Cancel-safe.
+        Raises ConnectFailed or ConnectionLost where nothing was sent, and what `take` raises, and RequestTimeout.
+        Checkpoint; cancel-safe.
         """
+        clock = self._attempts.clock
+        deadline = clock.monotonic() + timeout
         self._tried.append(address)
         leader = self._attempts.leader_of(self.topic, broker_name)
         asked = await self._attempts.remoting.ask(address, request, timeout, self._event)
         self._open.append(_Try(broker_name, address, leader, asked))
-        self.since = self._attempts.clock.monotonic()
+        self.since = clock.monotonic()
+        while True:
+            await self.pause_until(deadline)
+            found = self.take()
+            if found is not None:
+                return found
+            if clock.monotonic() >= deadline:
+                raise RequestTimeout(f"no answer from {address} within {timeout:g} s")
 
     def take(self) -> tuple[str, Command] | None:
         """(address, answer) of a node that has answered, each once. Never waits.
@@ -133,17 +143,6 @@ class Tries:
         if left is not None:
             raise LedElsewhere(f"no answer from {left}, and another node leads by now")
         return None
-
-    async def answer(self, within: float) -> tuple[str, Command]:
-        """As `take`, waiting for up to `within` seconds. Raises RequestTimeout too. Checkpoint; cancel-safe."""
-        deadline = self._attempts.clock.monotonic() + within
-        while True:
-            await self.pause_until(deadline)
-            found = self.take()
-            if found is not None:
-                return found
-            if self._attempts.clock.monotonic() >= deadline:
-                raise RequestTimeout(f"no answer from {self._open[-1].address} within {within:g} s")
 
     async def pause_until(self, deadline: float) -> None:
         """Until there is something to take, or it is time (monotonic seconds). Checkpoint; cancel-safe."""
@@ -200,10 +199,8 @@ class Attempts:
 
         Checkpoint; cancel-safe, but a cancelled request may still be executed.
         """
-        deadline = self.clock.monotonic() + timeout
         with self.begin(topic, is_patient=is_patient) as tries:
-            await tries.ask(broker_name, address, request, timeout)
-            _, answer = await tries.answer(max(0.001, deadline - self.clock.monotonic()))
+            _, answer = await tries.ask(broker_name, address, request, timeout)
             return answer
 
     def _route_changed(self, topic: str) -> None:

@@ -252,8 +252,8 @@ class Producer:
                         attempts += 1
                         targets[address] = target
                         request = self._request(message, code, body, target, born_ms, properties)
-                        await tries.ask(target.broker_name, address, request, remaining)
-                        said = await tries.answer(min(remaining, max(NEXT_AFTER_S, timeout / 3)))
+                        limit = min(remaining, max(NEXT_AFTER_S, timeout / 3))
+                        said = await tries.ask(target.broker_name, address, request, limit)
                 except RemoteProtocolError as error:
                     raise InvalidArgument(f"message cannot be sent: {error}") from error
                 except (ConnectFailed, ConnectionLost, RequestTimeout) as error:

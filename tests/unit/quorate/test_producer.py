@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import trio
+from attrs import define, evolve, field
 from fake_cluster import FakeCluster, fake_cluster
 
 import quorate
@@ -14,6 +15,7 @@ from quorate import producer
 from quorate.producer import by_key
 from remoting.codes import RequestCode
 from remoting.message import Message, host_to_bytes, offset_msg_id, parse_offset_msg_id, string_to_properties
+from runtime.model import Listener, Net, Stream
 from runtime.testing import test_env as make_env
 from runtime.testing import wait_until
 
@@ -232,6 +234,35 @@ async def test_a_late_answer_is_waited_for_while_the_leader_stays() -> None:
             receipt = await mq.send("t", b"x", timeout=3)
         assert receipt.attempts == 1
         slow.handle = handle  # type: ignore[method-assign]
+
+
+@define
+class CutOff:
+    """A network that swallows all that goes to some addresses, as a partition does."""
+
+    net: Net
+    silent: set[str] = field(factory=set)
+
+    async def dial(self, host: str, port: int, *, timeout: float = 3.0) -> Stream:
+        if f"{host}:{port}" in self.silent:
+            await trio.sleep(timeout)
+            raise trio.TooSlowError
+        return await self.net.dial(host, port, timeout=timeout)
+
+    async def listen(self, host: str, port: int) -> Listener:
+        return await self.net.listen(host, port)
+
+
+async def test_a_node_that_cannot_be_dialled_is_left_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = make_env()
+    net = CutOff(env.net)
+    monkeypatch.setattr(producer, "NEXT_AFTER_S", 0.1)
+    async with fake_cluster(env) as cluster, quorate.connect(cluster.namesrv, env=evolve(env, net=net)) as mq:
+        cluster.topics["t"] = 1
+        net.silent.add(cluster.groups["broker-a"].nodes[0].address)
+        receipt = await mq.send("t", b"x", timeout=1.5)
+        assert receipt.attempts == 2
+        assert 500 <= receipt.elapsed_ms < 1_400, "a third of the time-out is 0.5 s"
 
 
 @pytest.mark.parametrize("code", [13, 29, 3])
