@@ -18,6 +18,7 @@ from remoting.codes import RequestCode
 from remoting.command import Command
 from remoting.connection import Connection
 from remoting.fastjson import loads
+from remoting.frames import decode_frame
 from remoting.message import MessageQueue
 from runtime.model import Env
 from runtime.testing import test_env as make_env
@@ -472,7 +473,9 @@ async def test_pulls_leave_a_frozen_leader_as_soon_as_another_one_leads(monkeypa
         async with mq.subscribe("t", group="h", start="first", consume_retries=False) as inbox:
             assert await take(inbox, 2) == [b"0", b"1"]
             frozen = state.nodes[0]
-            handle, frozen.handle = frozen.handle, lambda connection, frame: None  # type: ignore[method-assign]
+            handle = frozen.handle
+            asked: list[Command] = []
+            frozen.handle = lambda connection, frame: asked.append(decode_frame(frame))  # type: ignore[method-assign]
             pulled: list[bytes] = []
 
             async def pull() -> None:
@@ -482,7 +485,7 @@ async def test_pulls_leave_a_frozen_leader_as_soon_as_another_one_leads(monkeypa
             with trio.fail_after(2):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(pull)
-                    await trio.sleep(0.05)
+                    await wait_until(lambda: "g" in [each.ext.get("consumerGroup") for each in asked], what="the pull")
                     frozen.parked.clear()
                     state.nodes[2].lead()
                     state.append("t", 0, b"2", "")

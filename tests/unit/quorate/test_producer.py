@@ -321,7 +321,7 @@ async def test_without_a_leader_nothing_is_asked_whose_answer_would_come_too_lat
 
         async def elect() -> None:
             await wait_until(lambda: len(sends(cluster)) == 2, what="the second message to be held")
-            await trio.sleep(0.2)
+            await wait_until(lambda: not state.waiting_for_leader, what="its refusal")
             state.nodes[2].lead()
 
         async with trio.open_nursery() as nursery:
