@@ -53,6 +53,11 @@ def reason_of(error: LedgerError) -> str:
     return TOO_LARGE if isinstance(error, TooLarge) else NOT_LEADER
 
 
+def reason_before_logging(reason: str | None) -> str:
+    """The reason for what was never logged, as something it needs first, its topic, failed for `reason`."""
+    return reason if reason in (BUSY, NO_ROOM) else NOT_LEADER
+
+
 class Answerable(Protocol):
     """What a waiter needs of a connection, real or forwarded."""
 

@@ -117,8 +117,8 @@ class Staging:
         staged.store_ms = store_ms
         return queue_offset
 
-    def stage_keys(self, staged: Staged, topic: bytes, properties: bytes, physical_offset: int) -> bytes | None:
-        """Key index rows of one record; returns its UNIQ_KEY."""
+    def stage_keys(self, staged: Staged, topic: bytes, properties: bytes, physical_offset: int) -> None:
+        """Key index rows of one record."""
         seed = topic_seed(topic)
         unique = find_property(properties, b"UNIQ_KEY\x01")
         if unique is not None:
@@ -129,7 +129,6 @@ class Staging:
             for word in words.split():
                 staged.hashes.append(_crc32(word, seed))
                 staged.positions.append(physical_offset)
-        return unique
 
     def tags_code_of(self, topic: bytes, queue_id: int, properties: bytes, store_ms: int) -> int:
         """The tags code of a unit: hash of TAGS, or the delivery time in the schedule topic."""

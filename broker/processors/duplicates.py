@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from broker.records import Record, find_property, int_or_zero
 from remoting.codes import FLAG_ONEWAY, SCHEDULE_TOPIC
 from remoting.frames import SendHeader
+from remoting.message import offset_msg_id
 
 if TYPE_CHECKING:
     from broker.state import BrokerState
@@ -75,8 +76,7 @@ class Duplicates:
         queue_id = first.queue_id
         if first.topic == _SCHEDULE:
             queue_id = int_or_zero(find_property(first.properties, b"REAL_QID\x01"))
-        prefix = first.store_host.hex().upper()
-        message_id = ",".join([f"{prefix}{record.physical_offset:016X}" for record in records])
+        message_id = ",".join([offset_msg_id(record.store_host, record.physical_offset) for record in records])
         unique = keys[0][0].decode() if not header.batch else ""
         conn.write(self._answers.stored(header.opaque, message_id, queue_id, first.queue_offset, unique))
         return True

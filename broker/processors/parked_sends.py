@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from broker.answers import BUSY, NO_ROOM, NOT_LEADER
+from broker.answers import reason_before_logging
 from remoting.bodies import TopicConfig
 from remoting.codes import ResponseCode
 from remoting.frames import SendHeader
@@ -80,5 +80,4 @@ class ParkedSends:
             if ok:
                 self._send(header, body, conn)
             else:
-                # The send itself was never logged, whatever became of the topic.
-                self._answers.fail_send(header, conn, reason if reason in (BUSY, NO_ROOM) else NOT_LEADER)
+                self._answers.fail_send(header, conn, reason_before_logging(reason))

@@ -13,7 +13,7 @@ import struct
 import zlib
 from typing import TYPE_CHECKING, Any, Final
 
-from broker.answers import BUSY, NO_ROOM, NOT_LEADER, reason_of
+from broker.answers import reason_before_logging, reason_of
 from broker.appender import Appender, Target, delayed, one_queue_topic
 from broker.dedup import dedup_key
 from broker.delay import MAX_LEVEL
@@ -336,19 +336,17 @@ class SendProcessor:
     # ---------------------------------------------------------------------------------------------- single messages
 
     def _send_one(self, header: SendHeader, body: bytes, config: TopicConfig, conn: Any) -> None:
-        target = self._resolve(header, config)
-        if target is None:
-            return self._send_to_dlq(header, body, conn)
-        return self._store(header, body, config, conn, target)
+        if header.topic.startswith(RETRY_TOPIC_PREFIX) and self._is_exhausted(header):
+            self._send_to_dlq(header, body, conn)
+        else:
+            self._store(header, body, config, conn, self._resolve(header, config))
 
-    def _resolve(self, header: SendHeader, config: TopicConfig) -> Target | None:
-        """The real destination; None for the dead-letter queue."""
+    def _resolve(self, header: SendHeader, config: TopicConfig) -> Target:
+        """The real destination."""
         properties, _unique, _rest = self.appender.complete(header.properties.encode())
         queue_id = header.queue_id
         if queue_id < 0:
             queue_id = self._rng.randrange(config.write_queue_nums)
-        if header.topic.startswith(RETRY_TOPIC_PREFIX) and self._is_exhausted(header):
-            return None
         if b"POP_CK\x01" in properties or b"TIMER_DEL" in properties or b"DELAY\x01" in properties:
             pairs = properties_dict(properties)
             pairs.pop(b"POP_CK", None)
@@ -381,7 +379,7 @@ class SendProcessor:
             if ok:
                 self._store(header, body, self._state.topics.committed[name], conn, target)
             else:
-                self._answers.fail_send(header, conn, reason if reason in (BUSY, NO_ROOM) else NOT_LEADER)
+                self._answers.fail_send(header, conn, reason_before_logging(reason))
 
         self._state.ensure_topic(one_queue_topic(name), ready)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from broker.answers import BUSY, NO_ROOM, NOT_LEADER, Done, reason_of
+from broker.answers import reason_before_logging, reason_of
 from broker.appender import Appender, Target, delayed, one_queue_topic
 from broker.consume_queue import NotAtHand
 from broker.delay import MAX_LEVEL
@@ -18,6 +18,7 @@ from remoting.codes import PERM_READ_WRITE, PERM_WRITE, VERSION_MAX_RECONSUME_IN
 from remoting.command import Command, encode_response
 from remoting.errors import HeaderError
 from remoting.headers import optional, require
+from remoting.message import offset_msg_id
 
 if TYPE_CHECKING:
     from broker.state import BrokerState
@@ -86,7 +87,7 @@ class SendBackProcessor:
             if ok:
                 store()
             else:
-                self._answer_back(request, conn, reason if reason in (BUSY, NO_ROOM) else NOT_LEADER)
+                self._answer_back(request, conn, reason_before_logging(reason))
 
         state.ensure_topic(topic, ready)
         return None
@@ -113,7 +114,7 @@ class SendBackProcessor:
             pairs = properties_dict(record.properties)
             pairs.setdefault(b"RETRY_TOPIC", record.topic)
             if b"ORIGIN_MESSAGE_ID" not in pairs:
-                origin = record.store_host.hex().upper() + f"{record.physical_offset:016X}"
+                origin = offset_msg_id(record.store_host, record.physical_offset)
                 pairs[b"ORIGIN_MESSAGE_ID"] = origin.encode()
             pairs[b"WAIT"] = b"false"
             name = topic.topic_name.encode()
@@ -143,18 +144,9 @@ class SendBackProcessor:
             except (NotLeader, Overloaded, TooLarge) as error:
                 self._answer_back(request, conn, reason_of(error))
             else:
-                staged.callbacks.append(self._back_answerer(request, conn))
+                staged.callbacks.append(lambda _ok, reason: self._answer_back(request, conn, reason))
 
         return store
-
-    def _back_answerer(self, request: Command, conn: Any) -> Done:
-        def stored(ok: bool, reason: str | None) -> None:
-            if ok:
-                self._answer_back(request, conn, None)
-            else:
-                self._answer_back(request, conn, reason)
-
-        return stored
 
     def _answer_back(self, request: Command, conn: Any, reason: str | None, refusal: Refusal | None = None) -> None:
         if request.is_oneway:
