@@ -457,7 +457,8 @@ def _check_configured(node: str, peer: str, section: GroupSection | None) -> Non
 
 def _dialled(address: Address) -> str:
     """As the log names it."""
-    return f"{'127.0.0.1' if address.host == 'localhost' else address.host}:{address.port}"
+    host, port = address.pair
+    return f"{host}:{port}"
 
 
 async def _look_again(cluster: ReachedCluster, group_name: str) -> GroupView:

@@ -12,7 +12,7 @@ from attrs import field, frozen
 
 from cli.exits import CLUSTER_ANSWERED_ERROR, USAGE, Failure
 from cli.target import config_option, data_option, load_config
-from cluster.config import Address, ClusterConfig, ConfigError, Node, with_groups, with_port_base
+from cluster.config import ClusterConfig, ConfigError, Node, with_groups, with_port_base
 from cluster.layout import Layout, UpRefused, read_identity
 from runtime.logs import configure_logging, get_logger
 from runtime.memory import keep_freed_memory
@@ -296,19 +296,15 @@ class _BrokerService:
         return said.state == "serving" and not said.recovering
 
 
-def _pair(address: Address) -> tuple[str, int]:
-    return ("127.0.0.1" if address.host == "localhost" else address.host, address.port)
-
-
 def namesrv_config(assignment: Assignment) -> NamesrvConfig:
     """A name server's part of the cluster's configuration."""
     from namesrv.config import NamesrvConfig
 
     config, node = assignment.config, assignment.node
-    peers = {one.name: _pair(one.peer) for one in config.namesrvs if one.peer is not None}
+    peers = {one.name: one.peer.pair for one in config.namesrvs if one.peer is not None}
     return NamesrvConfig(
         name=node.name,
-        listen=_pair(node.listen),
+        listen=node.listen.pair,
         data_dir=assignment.layout.node(node.name),
         peers=peers if len(peers) > 1 else {},
         secret=config.cluster.secret,
@@ -333,18 +329,18 @@ def broker_config(assignment: Assignment) -> BrokerConfig:
             broker_name=group.name,
             node_id=node.id,
             broker_id=member.number,
-            listen=_pair(member.listen),
-            advertised=_pair(member.advertise or member.listen),
+            listen=member.listen.pair,
+            advertised=(member.advertise or member.listen).pair,
             namesrv=config.namesrv_addresses(),
             group=GroupConfig(
                 cluster=config.cluster.name,
                 group=group.name,
                 node_id=node.id,
-                peers={peer.name: _pair(peer.peer) for peer in group.nodes if peer in group.founders or peer is member},
+                peers={peer.name: peer.peer.pair for peer in group.nodes if peer in group.founders or peer is member},
                 founders=tuple(founder.name for founder in group.founders),
-                dial={name: _pair(address) for name, address in member.dial.items()},
-                joined={peer.name: _pair(peer.peer) for peer in group.nodes if peer.join},
-                bind=_pair(member.peer),
+                dial={name: address.pair for name, address in member.dial.items()},
+                joined={peer.name: peer.peer.pair for peer in group.nodes if peer.join},
+                bind=member.peer.pair,
                 data_dir=f"{folder}/raft",
                 flush=group.flush,
                 segment_bytes=group.segment_bytes,
@@ -366,7 +362,7 @@ def broker_config(assignment: Assignment) -> BrokerConfig:
                 mlock=group.mlock,
             ),
             data_dir=folder,
-            metrics=_pair(member.metrics) if member.metrics is not None else None,
+            metrics=member.metrics.pair if member.metrics is not None else None,
             auto_create_topic=group.auto_create_topic,
             auto_create_group=group.auto_create_group,
             drain_s=_drain_s(assignment),

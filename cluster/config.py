@@ -50,6 +50,11 @@ class Address:
     def at(self, port: int) -> Address:
         return Address(self.host, port)
 
+    @property
+    def pair(self) -> tuple[str, int]:
+        """Host and port as nodes know them: "localhost" is 127.0.0.1 on every machine."""
+        return ("127.0.0.1" if self.host == "localhost" else self.host, self.port)
+
 
 def parse_address(text: str) -> Address:
     """'127.0.0.1:9876' or '[::1]:9876'. Raises ValueError."""
@@ -558,9 +563,8 @@ def _duplicate_addresses(config: ClusterConfig) -> Iterator[str]:
         for what, address in (("listen", node.listen), ("peer", node.peer), ("metrics", node.metrics)):
             if address is None:
                 continue
-            host = "127.0.0.1" if address.host == "localhost" else address.host
             label = f"{node.name} ({what})"
-            other = seen.setdefault((host, address.port), label)
+            other = seen.setdefault(address.pair, label)
             if other != label:
                 yield f"{address} is used twice, by {other} and {label}"
 
