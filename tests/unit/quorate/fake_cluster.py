@@ -113,6 +113,9 @@ class Node:
         self.members: dict[str, dict[str, Connection]] = defaultdict(dict)
         self.heartbeats: list[HeartbeatData] = []
         self.scope: trio.CancelScope | None = None
+        self.is_frozen = False
+        self.unanswered: list[tuple[Connection, Frame]] = []
+        """What came while it was frozen."""
 
     @property
     def is_leader(self) -> bool:
@@ -137,7 +140,17 @@ class Node:
 
     def on_frames(self, connection: Connection, frames: list[Frame]) -> None:
         for frame in frames:
+            if self.is_frozen:
+                self.unanswered.append((connection, frame))
+            else:
+                self.handle(connection, frame)
+
+    def answer_late(self) -> None:
+        """What came while it was frozen."""
+        unanswered, self.unanswered = self.unanswered, []
+        for connection, frame in unanswered:
             self.handle(connection, frame)
+            connection.flush()
 
     def handle(self, connection: Connection, frame: Frame) -> None:
         request = decode_frame(frame)

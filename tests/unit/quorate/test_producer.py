@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import pytest
 import trio
@@ -183,12 +182,11 @@ async def test_a_silent_leader_is_given_up_before_the_timeout() -> None:
         cluster.topics["t"] = 1
         state = cluster.groups["broker-a"]
         frozen = state.nodes[0]
-        frozen_handle = frozen.handle
-        frozen.handle = lambda connection, frame: None  # type: ignore[method-assign]
+        frozen.is_frozen = True
         receipt = await mq.send("t", b"x", timeout=3)
         assert receipt.attempts == 2
         assert 900 < receipt.elapsed_ms < 2000
-        frozen.handle = frozen_handle  # type: ignore[method-assign]
+        frozen.is_frozen = False
 
 
 async def test_a_frozen_leader_is_left_as_soon_as_another_one_leads() -> None:
@@ -198,8 +196,7 @@ async def test_a_frozen_leader_is_left_as_soon_as_another_one_leads() -> None:
         state = cluster.groups["broker-a"]
         await mq.send("t", b"before")
         frozen = state.nodes[0]
-        frozen_handle = frozen.handle
-        frozen.handle = lambda connection, frame: None  # type: ignore[method-assign]
+        frozen.is_frozen = True
 
         async def elect() -> None:
             await trio.sleep(0.3)
@@ -211,7 +208,7 @@ async def test_a_frozen_leader_is_left_as_soon_as_another_one_leads() -> None:
         assert receipt.attempts == 2
         assert 300 <= receipt.elapsed_ms < 800, "a third of the time-out is 3 s"
         assert state.stored("t") == [b"before", b"x"]
-        frozen.handle = frozen_handle  # type: ignore[method-assign]
+        frozen.is_frozen = False
 
 
 async def test_a_late_answer_is_waited_for_while_the_leader_stays() -> None:
@@ -219,21 +216,17 @@ async def test_a_late_answer_is_waited_for_while_the_leader_stays() -> None:
     async with fake_cluster(env) as cluster, quorate.connect(cluster.namesrv, env=env) as mq:
         cluster.topics["t"] = 1
         slow = cluster.groups["broker-a"].nodes[0]
-        handle = slow.handle
-        held: list[tuple[Any, Any]] = []
-        slow.handle = lambda connection, frame: held.append((connection, frame))  # type: ignore[method-assign]
+        slow.is_frozen = True
 
         async def answer() -> None:
             await trio.sleep(0.5)
-            for connection, frame in held:
-                handle(connection, frame)
-                connection.flush()
+            slow.answer_late()
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(answer)
             receipt = await mq.send("t", b"x", timeout=3)
         assert receipt.attempts == 1
-        slow.handle = handle  # type: ignore[method-assign]
+        slow.is_frozen = False
 
 
 @define
@@ -339,20 +332,16 @@ async def test_a_late_answer_counts_while_others_are_tried(monkeypatch: pytest.M
         cluster.topics["t"] = 1
         state = cluster.groups["broker-a"]
         slow, other = state.nodes[0], state.nodes[1]
-        handle = slow.handle
-        held: list[tuple[Any, Any]] = []
-        slow.handle = lambda connection, frame: held.append((connection, frame))  # type: ignore[method-assign]
+        slow.is_frozen = True
         state.refuse = lambda request: (14, "not leader") if state.requests[-1][0] == other.node_id else None
 
         async def answer() -> None:
             await wait_until(lambda: bool(sends(cluster)), what="the other node to be tried")
             if not is_stored:
                 state.refuse = lambda request: (14, "not leader")
-            for connection, frame in held:
-                handle(connection, frame)
-                connection.flush()
+            slow.answer_late()
             if not is_stored:  # else nobody but the late answer can tell
-                slow.handle = handle  # type: ignore[method-assign]
+                slow.is_frozen = False
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(answer)
@@ -372,19 +361,15 @@ async def test_an_answer_counts_that_came_while_routes_were_asked_until_the_dead
     async with fake_cluster(env, nodes=1) as cluster, quorate.connect(cluster.namesrv, env=env) as mq:
         cluster.topics["t"] = 1
         slow = cluster.groups["broker-a"].nodes[0]
-        handle = slow.handle
-        held: list[tuple[Any, Any]] = []
-        slow.handle = lambda connection, frame: held.append((connection, frame))  # type: ignore[method-assign]
+        slow.is_frozen = True
 
         async def answer() -> None:
-            await wait_until(lambda: bool(held), what="the send")
+            await wait_until(lambda: bool(slow.unanswered), what="the send")
             monkeypatch.setattr(FakeCluster, "answer_route", lambda self, request: b"")
             asked = cluster.route_requests
             await wait_until(lambda: cluster.route_requests > asked, what="the silent name server to be asked")
-            for connection, frame in held:
-                handle(connection, frame)
-                connection.flush()
-            slow.handle = handle  # type: ignore[method-assign]
+            slow.answer_late()
+            slow.is_frozen = False
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(answer)
