@@ -406,11 +406,11 @@ class Trial:
         child.send_signal(signal.SIGKILL)
         child.communicate()
         moments: list[float] = [at for node in others if (at := self._read(node)["at"]) is not None and at > killed_at]
-        if not moments and self.variant.engine != "quorate":
-            return NEVER_S
-        if not moments:
+        if moments:
+            return min(moments) - killed_at
+        if self.variant.engine == "quorate":
             raise TimeoutError(f"{self.variant.title}: no commit within {FAILOVER_WITHIN_S:g} s after the kill")
-        return min(moments) - killed_at
+        return NEVER_S
 
 
 def measure(variant: Variant, options: argparse.Namespace) -> dict[str, float]:

@@ -35,6 +35,7 @@ from benchmarks.ours import QuorateCluster
 from benchmarks.processes import anonymous_megabytes
 from quorate.errors import QuorateError
 from remoting.message import Message
+from runtime.processes import resident_bytes
 
 TOPIC = "failover"
 """As `benchmarks.failover`, whose waiting for a whole group this borrows."""
@@ -100,8 +101,7 @@ class Footprint:
 
     def look(self, folder: Path, pid: int) -> None:
         self.anonymous_mb.append(anonymous_megabytes(pid))
-        status = Path(f"/proc/{pid}/status").read_text()
-        self.resident_mb.append(int(status.split("VmRSS:")[1].split()[0]) / 1024)
+        self.resident_mb.append((resident_bytes(pid) or 0) / (1 << 20))
         targets = [_target(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
         own = [target for target in targets if not target.startswith((f"{folder}/raft/log/", f"{folder}/raft/rows/"))]
         self.descriptors.append(len(own))

@@ -12,7 +12,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-_TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+from runtime import processes
+
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -24,15 +25,7 @@ def die_with_parent() -> None:
 
 def cpu_seconds(pids: Iterable[int]) -> float:
     """CPU time, user and system, of the processes together; ones that are gone count nothing."""
-    total = 0
-    for pid in pids:
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_text()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        fields = stat[stat.rindex(")") + 2 :].split()
-        total += int(fields[11]) + int(fields[12])
-    return total / _TICKS_PER_SECOND
+    return sum(processes.cpu_seconds(pid) for pid in pids)
 
 
 def unique_megabytes(pid: int) -> float:
