@@ -208,7 +208,7 @@ class Supervisor:
     # --- life ---
 
     async def run(self) -> None:
-        """Start all nodes, set `ready` once a leader leads each raft group, run until `request_stop`. Checkpoint.
+        """Start all nodes, set `ready` once they are, run until `request_stop`. Checkpoint.
 
         Raises UpRefused before anything was started, StartFailed when a node ended before it was ready, NotReadyInTime.
         Cancelling kills the nodes.

@@ -24,6 +24,8 @@ EVENT_LINE_BYTES_MAX = 4096
 """One event is one `write` to a pipe; POSIX keeps writes up to PIPE_BUF (4,096 on Linux) in one piece."""
 
 _PR_SET_PDEATHSIG = 1
+_LISTENING = "0A"
+"""State of a socket in /proc/net/tcp."""
 
 
 @frozen
@@ -267,9 +269,6 @@ def terminal_columns() -> int | None:
     if not sys.stdout.isatty():
         return None
     return shutil.get_terminal_size().columns
-
-
-_LISTENING = "0A"
 
 
 def _socket_holder(port: int, is_meant: Callable[[str], bool]) -> ProcessId | None:
