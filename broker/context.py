@@ -189,7 +189,7 @@ class BrokerContext:
 
     def settings_changed(self) -> None:
         """Tell those who keep a copy."""
-        self.state.broker_permission = self.settings.broker_permission
+        self.state.change_permission(self.settings.broker_permission)
 
     def save_overrides(self) -> None:
         """Keep changed settings over a restart. Raises OSError."""

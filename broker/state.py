@@ -118,7 +118,8 @@ class BrokerState:
         self.on_groups_changed: list[Callable[[list[str]], None]] = []
         self.on_turn_done: list[Callable[[], None]] = []
         self.on_topic_touched: list[Callable[[str], None]] = []
-        """A change of this topic was staged, applied or discarded: cached views of it are stale."""
+        """A change of this topic was staged, applied or discarded, or the permission is another: cached views of it are
+        stale."""
 
     def attach(self, group: RaftGroup) -> None:
         """The group this is the machine of; before it runs."""
@@ -504,9 +505,17 @@ class BrokerState:
         self.trim(first_position)
         return replay_from
 
-    def _reset(self) -> None:
+    def change_permission(self, permission: int) -> None:
+        """What clients may do with this broker now."""
+        self.broker_permission = permission
+        self._touch_topics()
+
+    def _touch_topics(self) -> None:
         for name in {**self.topics.committed, **dict.fromkeys(self.topics.pending_keys())}:
             self.operations.topic_touched(name)
+
+    def _reset(self) -> None:
+        self._touch_topics()
         self.runs += 1
         self._in_flight.clear()
         self.restart.reset()

@@ -329,10 +329,6 @@ class SendProcessor:
     def _forget_topic(self, name: str) -> None:
         self._topics.pop(name, None)
 
-    def forget_topics(self) -> None:
-        """The broker's permission changed: look at every topic again."""
-        self._topics.clear()
-
     # ---------------------------------------------------------------------------------------------- single messages
 
     def _send_one(self, header: SendHeader, body: bytes, config: TopicConfig, conn: Any) -> None:

@@ -262,10 +262,10 @@ class ProcessorRig:
         }  # fmt: skip
         return self.ask(RequestCode.SEND_MESSAGE_V2, ext, body)
 
-    def create_topic(self, topic: str, queues: int = 4, perm: int = 6) -> None:
+    def create_topic(self, topic: str, queues: int = 4, perm: int = 6, order: str = "false") -> None:
         ext = {
             "topic": topic, "defaultTopic": "TBW102", "readQueueNums": queues, "writeQueueNums": queues,
-            "perm": perm, "topicFilterType": "SINGLE_TAG", "topicSysFlag": 0, "order": "false",
+            "perm": perm, "topicFilterType": "SINGLE_TAG", "topicSysFlag": 0, "order": order,
         }  # fmt: skip
         assert self.ask(RequestCode.UPDATE_AND_CREATE_TOPIC, ext).code == 0
 

@@ -271,6 +271,14 @@ async def test_a_setting_is_changed_kept_and_shown(rig: ProcessorRig, tmp_path: 
     assert again.broker.settings.broker_permission == 2 and again.state.broker_permission == 2
 
 
+async def test_an_order_topic_takes_nothing_while_the_broker_is_read_only(rig: ProcessorRig) -> None:
+    """Also where it was sent to before, so that its checks are made already."""
+    rig.create_topic("Ordered", order="true")
+    for permission, code in ((6, 0), (6, 0), (4, ResponseCode.NO_PERMISSION), (6, 0)):
+        assert rig.ask(RequestCode.UPDATE_BROKER_CONFIG, {}, b"brokerPermission=%d" % permission).code == 0
+        assert rig.send("Ordered", b"x").code == code
+
+
 @pytest.mark.parametrize(
     ("body", "code"),
     [

@@ -91,7 +91,7 @@ def test_straight_and_careful_way_store_the_same_bytes(tmp_path: Path) -> None:
         node.send_now("T", b"warm", "UNIQ_KEY\x01w\x02")
         if way == "careful":
             node.send._straight = False
-            node.send.forget_topics()
+            node.send._topics.clear()
         node.send_now("T", b"body" * 300, properties, queue_id=1, sys_flag=1)
         unit = node.state.queues.units("T", 1, 0, 1)
         data = node.state.read_message(int.from_bytes(unit[:8]))
@@ -639,8 +639,7 @@ def test_read_only_broker_refuses_order_topics_only(node: Node) -> None:
     with_topic(node, "Ordered", order=True)
     with_topic(node, "Plain")
     assert node.send_now("Ordered").code == 0
-    node.state.broker_permission = 4
-    node.send.forget_topics()
+    node.state.change_permission(4)
     assert node.send_now("Ordered").code == 16
     assert node.send_now("Plain").code == 0
 
