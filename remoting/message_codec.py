@@ -45,7 +45,6 @@ TOPIC_LIMIT_V1: Final = 127
 
 _HEAD = struct.Struct(">iiiiiqqiq")
 _TAIL = struct.Struct(">iqi")
-_INT = struct.Struct(">i")
 _LONG = struct.Struct(">q")
 _SHORT = struct.Struct(">h")
 _BATCH_HEAD = struct.Struct(">iiiii")
