@@ -50,15 +50,6 @@ class OffsetTable:
     def groups(self) -> list[str]:
         return sorted({group for group, _topic in self._committed})
 
-    def of_group(self, group: str) -> dict[tuple[str, int], int]:
-        """(topic, queue id) -> offset of one group, sorted."""
-        return {
-            (topic, queue_id): offset
-            for (owner, topic), queues in sorted(self._committed.items())
-            if owner == group
-            for queue_id, offset in sorted(queues.items())
-        }
-
     def of_topic(self, group: str, topic: str) -> dict[int, int]:
         return dict(sorted(self._committed.get((group, topic), {}).items()))
 

@@ -134,12 +134,6 @@ class Connection:
             self._outbox.append(data)
             self.outbox_bytes += len(data)
 
-    def write_parts(self, parts: Sequence[Buffer]) -> None:
-        """As `write` for parts back to back, which are not copied: they must not change until sent."""
-        if self.closed_reason is None:
-            self._outbox.extend(parts)
-            self.outbox_bytes += sum(map(len, parts))
-
     def flush(self) -> None:
         """Hand over what fits right now; the writer task sends the rest. Never blocks, never raises."""
         outbox = self._outbox
