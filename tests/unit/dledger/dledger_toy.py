@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import trio
 
 from dledger.config import GroupConfig
 from dledger.core.types import Role
+from dledger.driver import Driver
 from dledger.errors import NotLeader
 from dledger.group import EntryView, RaftGroup
 from runtime.logs import get_logger
@@ -298,3 +299,38 @@ class ToyCluster:
 
 def toy_env(folder: Path, seed: int = 0) -> Env:
     return test_env(folder, seed=seed)
+
+
+@asynccontextmanager
+async def toy_cluster(folder: Path, size: int = 3, *names: str, **settings: Any) -> AsyncIterator[ToyCluster]:
+    """A group that runs: all nodes of it, or those named. Killed at the end."""
+    async with trio.open_nursery() as nursery:
+        toy = ToyCluster(toy_env(folder), folder, nursery, size, **settings)
+        await toy.start(*names)
+        yield toy
+        nursery.cancel_scope.cancel()
+
+
+def driver_of(node: Node) -> Driver:
+    """Of the run that serves the node's log now."""
+    driver = node.running._driver
+    assert driver is not None
+    return driver
+
+
+class Boot:
+    """The machine after its n-th start: for an environment's `ids`."""
+
+    host, pid, memory_bytes = "h", 1, 1 << 34
+
+    def __init__(self, number: int) -> None:
+        self.boot_id = f"boot {number}"
+
+    def salt(self, nbytes: int) -> bytes:
+        return bytes(nbytes)
+
+
+def lone_config(**settings: Any) -> GroupConfig:
+    """Of a group of one that need not run."""
+    known = {"peers": {"n0": ("127.0.0.1", 1)}, "data_dir": "/nowhere"}
+    return GroupConfig(cluster="c", group="g", node_id="n0", **{**known, **settings})

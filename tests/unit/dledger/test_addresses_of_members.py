@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,11 @@ import trio
 from dledger.core.membership import AddLearner, Promote
 from dledger.errors import LedgerError
 from runtime.testing import wait_until
-from tests.unit.dledger.dledger_toy import ToyCluster, toy_env
+from tests.unit.dledger.dledger_toy import ToyCluster, toy_cluster
 
 
-@asynccontextmanager
-async def cluster(tmp_path: Path, size: int, **settings: Any) -> AsyncIterator[ToyCluster]:
-    async with trio.open_nursery() as nursery:
-        toy = ToyCluster(toy_env(tmp_path), tmp_path, nursery, size, cluster_uuid="u" * 32, **settings)
-        await toy.start()
-        yield toy
-        nursery.cancel_scope.cancel()
+def cluster(tmp_path: Path, size: int, **settings: Any) -> AbstractAsyncContextManager[ToyCluster]:
+    return toy_cluster(tmp_path, size, cluster_uuid="u" * 32, **settings)
 
 
 async def test_another_members_address_is_refused_before_it_is_logged(tmp_path: Path) -> None:

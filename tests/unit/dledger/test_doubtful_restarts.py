@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -24,19 +22,11 @@ from dledger.store.format import Format
 from dledger.store.meta import MetaFile, format_meta
 from runtime.files import RealFile
 from runtime.testing import wait_until
-from tests.unit.dledger.dledger_toy import Node, ToyCluster, toy_env
+from tests.unit.dledger.dledger_toy import Node, ToyCluster, driver_of
+from tests.unit.dledger.dledger_toy import toy_cluster as cluster
 from tests.unit.dledger.store.crash_files import CrashFiles, PowerLoss
 
 IDENTITY = Format(cluster="c", cluster_uuid="cu", group="g", group_uuid="gu", node_id="n0", segment_bytes=65_536)
-
-
-@asynccontextmanager
-async def cluster(tmp_path: Path, size: int = 3, **settings: Any) -> AsyncIterator[ToyCluster]:
-    async with trio.open_nursery() as nursery:
-        toy = ToyCluster(toy_env(tmp_path), tmp_path, nursery, size, **settings)
-        await toy.start()
-        yield toy
-        nursery.cancel_scope.cancel()
 
 
 async def a_follower(toy: ToyCluster) -> Node:
@@ -97,8 +87,8 @@ async def test_acknowledged_entries_that_turn_out_damaged_before_their_sync_are_
         others = [other for other in toy.alive() if other is not node]
         for other in others:
             await other.kill()
-        driver = node.running._driver
-        assert driver is not None and driver.store.durable_index < driver.store.written_index == 2
+        driver = driver_of(node)
+        assert driver.store.durable_index < driver.store.written_index == 2
         path = node.folder / "log" / "00000000000000000000"
         data = bytearray(path.read_bytes())
         position = driver.store.position_of(2)
@@ -141,8 +131,8 @@ async def test_what_was_acknowledged_is_vouched_for_unless_fetched_segments_take
         await toy.put(b"one")
         await toy.level()
         node = await a_follower(toy)
-        life, driver = node.running._life, node.running._driver
-        assert driver is not None and driver.store.durable_index < driver.store.written_index == 2
+        life, driver = node.running._life, driver_of(node)
+        assert driver.store.durable_index < driver.store.written_index == 2
         monkeypatch.setattr(MetaFile, "save_mark", save_and_note)
         life._pulled = cast(Any, SimpleNamespace(last_index=2))
         driver.reopen("segments fetched")
@@ -207,8 +197,7 @@ async def test_checkpoint_under_way_is_written_before_the_log_is_opened_anew(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.to_thread.run_sync, node.running.save_checkpoint, index, blob)
             await wait_until(begun.is_set, what="the thread")
-            assert node.running._driver is not None
-            node.running._driver.reopen("test")
+            driver_of(node).reopen("test")
             await wait_until(lambda: node.running._driver is None, what="the end of the run")
             await trio.sleep(0.2)
             is_early = len(node.machine.restored) > 1
@@ -220,11 +209,10 @@ async def test_checkpoint_under_way_is_written_before_the_log_is_opened_anew(
 async def test_whoever_waits_for_a_change_of_members_hears_that_the_node_stops(tmp_path: Path) -> None:
     async with cluster(tmp_path, 1) as toy:
         await toy.put(b"one")
-        group = toy.nodes["n0"].running
-        assert group._driver is not None
-        group._driver.stop()
+        node = toy.nodes["n0"]
+        driver_of(node).stop()
         with trio.fail_after(3), pytest.raises(LedgerError, match="stops"):
-            await group.change_members(AddLearner("n5", ("127.0.0.1", 9)))
+            await node.running.change_members(AddLearner("n5", ("127.0.0.1", 9)))
 
 
 async def test_news_behind_the_end_of_a_run_change_nothing(tmp_path: Path) -> None:
@@ -232,8 +220,7 @@ async def test_news_behind_the_end_of_a_run_change_nothing(tmp_path: Path) -> No
     async with cluster(tmp_path) as toy:
         await toy.put(b"one")
         node = await a_follower(toy)
-        driver = node.running._driver
-        assert driver is not None
+        driver = driver_of(node)
         driver.reopen("test")
         await wait_until(lambda: node.running._driver is None, what="the end of the run")
         turns, before = node.machine.turns, driver.turns

@@ -6,8 +6,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +22,13 @@ from dledger.errors import LogDamaged, Overloaded, Reopen
 from dledger.store.meta import MetaFile
 from runtime.files import RealFile, RealFiles
 from runtime.testing import wait_until
-from tests.unit.dledger.dledger_toy import Node, ToyCluster, toy_env
+from tests.unit.dledger.dledger_toy import Boot, Node, ToyCluster, driver_of, toy_cluster
 
 FAST = {"heartbeat_ms": 20, "election_timeout_ms_min": 150, "election_timeout_ms_max": 300}
 
 
-@asynccontextmanager
-async def cluster(tmp_path: Path, size: int = 3, *names: str, **settings: Any) -> AsyncIterator[ToyCluster]:
-    async with trio.open_nursery() as nursery:
-        toy = ToyCluster(toy_env(tmp_path), tmp_path, nursery, size, **{**FAST, **settings})
-        await toy.start(*names)
-        yield toy
-        nursery.cancel_scope.cancel()
-
-
-def driver_of(node: Node) -> Driver:
-    driver = node.running._driver
-    assert driver is not None
-    return driver
+def cluster(tmp_path: Path, size: int = 3, *names: str, **settings: Any) -> AbstractAsyncContextManager[ToyCluster]:
+    return toy_cluster(tmp_path, size, *names, **{**FAST, **settings})
 
 
 def meta_of(driver: Driver) -> MetaFile:
@@ -220,18 +208,12 @@ async def test_a_transfer_tells_how_it_ended(tmp_path: Path) -> None:
 
 
 async def test_an_operator_may_accept_what_a_power_loss_took(tmp_path: Path) -> None:
-    class OtherBoot:
-        host, pid, boot_id, memory_bytes = "h", 1, "another boot", 1 << 34
-
-        def salt(self, nbytes: int) -> bytes:
-            return bytes(nbytes)
-
     async with cluster(tmp_path) as toy:
         await toy.put(b"one")
         await toy.level()
         for node in list(toy.alive()):
             await node.kill()
-        toy.env = evolve(toy.env, ids=OtherBoot())
+        toy.env = evolve(toy.env, ids=Boot(1))
         await toy.nodes["n0"].start()
         await toy.nodes["n1"].start()
         await trio.sleep(0.5)

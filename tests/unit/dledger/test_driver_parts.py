@@ -10,7 +10,6 @@ import pytest
 import trio
 from attrs import define
 
-from dledger.config import GroupConfig
 from dledger.core.messages import PreVoteReply
 from dledger.core.raft import Raft
 from dledger.core.types import HEADER_BYTES, Entry, EntryType, frame_entry, next_position
@@ -23,6 +22,7 @@ from dledger.reads import READS_WAITING_MAX, Reads
 from dledger.store.log_store import LogStore
 from runtime.logs import get_logger
 from runtime.model import Env
+from tests.unit.dledger.dledger_toy import lone_config
 
 
 class Told:
@@ -156,10 +156,7 @@ class World:
 
 def watch(**settings: Any) -> tuple[DiskWatch, World]:
     world = World(Clock(), Space())
-    config = GroupConfig(
-        cluster="c", group="g", node_id="n0", peers={"n0": ("127.0.0.1", 1)}, data_dir="/nowhere", **settings
-    )
-    return DiskWatch(cast(Env, world), config, get_logger("test")), world
+    return DiskWatch(cast(Env, world), lone_config(**settings), get_logger("test")), world
 
 
 @pytest.mark.parametrize(

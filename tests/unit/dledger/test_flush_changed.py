@@ -10,38 +10,21 @@ import pytest
 import trio
 from attrs import evolve
 
-from dledger.config import GroupConfig
 from dledger.core.types import HEADER_BYTES
-from dledger.group import RaftGroup
 from dledger.store.failure import mark_failed
 from dledger.store.format import read_format
 from dledger.store.meta import MetaFile
 from dledger.store.segments import segment_name
-from runtime.logs import get_logger
 from runtime.model import Env
 from runtime.testing import wait_until
-from tests.unit.dledger.dledger_toy import Node, ToyCluster, ToyMachine, toy_env
-from tests.unit.dledger.test_compat import FOLDERS, unpacked
-
-
-class Boot:
-    """The machine after its n-th start."""
-
-    host, pid, memory_bytes = "h", 1, 1 << 34
-
-    def __init__(self, number: int) -> None:
-        self.boot_id = f"boot {number}"
-
-    def salt(self, nbytes: int) -> bytes:
-        return bytes(nbytes)
+from tests.unit.dledger.dledger_toy import Boot, Node, ToyCluster, ToyMachine, toy_cluster, toy_env
+from tests.unit.dledger.test_compat import FOLDERS, served, unpacked
 
 
 @asynccontextmanager
 async def one_left(tmp_path: Path) -> AsyncIterator[tuple[ToyCluster, Node, list[Node]]]:
     """A follower of a group with async flush, killed like all the others."""
-    async with trio.open_nursery() as nursery:
-        toy = ToyCluster(toy_env(tmp_path), tmp_path, nursery, 3)
-        await toy.start()
+    async with toy_cluster(tmp_path) as toy:
         for number in range(5):
             await toy.put(b"%d" % number)
         await toy.level()
@@ -51,7 +34,6 @@ async def one_left(tmp_path: Path) -> AsyncIterator[tuple[ToyCluster, Node, list
             await each.kill()
         toy.settings["flush"] = "sync"
         yield toy, node, others
-        nursery.cancel_scope.cancel()
 
 
 async def test_async_then_a_power_loss_then_sync_recovers_first(tmp_path: Path) -> None:
@@ -111,17 +93,7 @@ async def test_a_folder_of_format_1_does_not_say_and_its_configuration_counts(
 ) -> None:
     folder, recorded = unpacked(name, tmp_path)
     env: Env = evolve(toy_env(tmp_path), ids=Boot(1))
-    config = GroupConfig(
-        cluster="released",
-        cluster_uuid="c" * 32,
-        group="g0",
-        node_id=recorded["node_id"],
-        peers={f"n{number}": ("127.0.0.1", 1) for number in range(3)},
-        data_dir=str(folder),
-        segment_bytes=65_536,
-        flush=flush,
-    )
-    group = RaftGroup(env, config, ToyMachine(), get_logger("toy"), listener=await env.net.listen("127.0.0.1", 0))
+    group = await served(env, folder, recorded, ToyMachine(), flush=flush)
     async with trio.open_nursery() as nursery:
         await nursery.start(group.run)
         assert group.statistics().recovering == (flush == "async" and name == "folder-killed")

@@ -30,8 +30,8 @@ from dledger.store.manifest import SegmentInfo
 from dledger.store.meta import Meta, MetaFile
 from runtime.logs import get_logger
 from runtime.testing import test_env, wait_until
-from tests.unit.dledger.dledger_toy import Node, ToyMachine, toy_env
-from tests.unit.dledger.test_driver import cluster, driver_of, meta_of
+from tests.unit.dledger.dledger_toy import Node, ToyMachine, driver_of, lone_config, toy_env
+from tests.unit.dledger.test_driver import cluster, meta_of
 from tests.unit.dledger.test_driver_parts import OldLog
 
 SEGMENT = 65_536
@@ -193,7 +193,7 @@ async def test_4_6_a_damaged_log_is_mended_before_it_is_served(tmp_path: Path, m
         return SimpleNamespace(abandon=lambda: done.append("closed")), SimpleNamespace(faults=faults)
 
     peers = {"n0": ("127.0.0.1", 1), "n1": ("127.0.0.1", 2)}
-    config = a_config(tmp_path, format_if_empty=True, peers=peers)
+    config = lone_config(data_dir=str(tmp_path), format_if_empty=True, peers=peers)
     identity = identified(tmp_path, config)
     life = LifeCycle(
         test_env(tmp_path),
@@ -213,18 +213,13 @@ async def test_4_6_a_damaged_log_is_mended_before_it_is_served(tmp_path: Path, m
     assert done == ["mended", "closed", "served", "closed"]
 
 
-def a_config(folder: Path, **settings: Any) -> GroupConfig:
-    peers = settings.pop("peers", {"n0": ("127.0.0.1", 1)})
-    return GroupConfig(cluster="c", group="g", node_id="n0", peers=peers, data_dir=str(folder), **settings)
-
-
 def identified(folder: Path, config: GroupConfig) -> Format:
     return identify(test_env(folder), config, get_logger("test"))
 
 
 async def test_4_6_a_folder_is_formatted_only_when_asked_for(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="not formatted"):
-        identified(tmp_path, a_config(tmp_path))
+        identified(tmp_path, lone_config(data_dir=str(tmp_path)))
     assert toy_env(tmp_path).files.listdir(str(tmp_path)) == []
 
 
@@ -233,12 +228,12 @@ async def test_4_6_a_log_without_a_format_is_not_touched(tmp_path: Path) -> None
     (tmp_path / "log" / ("0" * 20)).write_bytes(b"somebody's log")
     for settings in ({"format_if_empty": True}, {"join": True}):
         with pytest.raises(FormatError, match="refusing to touch it"):
-            identified(tmp_path, a_config(tmp_path, **settings))
+            identified(tmp_path, lone_config(data_dir=str(tmp_path), **settings))
     assert toy_env(tmp_path).files.listdir(str(tmp_path)) == ["log"]
 
 
 async def test_scenario_23_a_blank_folder_recovers_from_its_first_moment_on(tmp_path: Path) -> None:
-    identity = identified(tmp_path, a_config(tmp_path, join=True))
+    identity = identified(tmp_path, lone_config(data_dir=str(tmp_path), join=True))
     meta = MetaFile.open(test_env(tmp_path).files, str(tmp_path), identity)
     assert meta.saved.recovering
     meta.close()
@@ -425,7 +420,6 @@ class Shelf:
 
 def retention(store: Shelf, *, applied: int, alone_for: float = 0.0, used: int = 50) -> tuple[Retention, ToyMachine]:
     now = [100.0]
-    config = GroupConfig(cluster="c", group="g", node_id="n0", peers={"n0": ("127.0.0.1", 1)}, data_dir="/nowhere")
 
     async def look() -> None:
         await trio.lowlevel.checkpoint()
@@ -433,7 +427,7 @@ def retention(store: Shelf, *, applied: int, alone_for: float = 0.0, used: int =
     machine = ToyMachine()
     found = Retention(
         cast(Any, SimpleNamespace(clock=SimpleNamespace(monotonic=lambda: now[0]))),
-        config,
+        lone_config(),
         machine,
         get_logger("test"),
         cast(LogStore, store),

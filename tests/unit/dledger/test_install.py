@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +17,8 @@ from dledger.group import AddLearner, Promote, Remove, Role
 from dledger.store.staging import Staging, decode_manifest, encode_manifest
 from dledger.wire import Fetch, FetchKind
 from runtime.testing import wait_until
-from tests.unit.dledger.dledger_toy import Node, ToyCluster, toy_env
-from tests.unit.dledger.test_repair import SEGMENT, assert_identical, fill, flip_body
-
-
-@asynccontextmanager
-async def cluster(tmp_path: Path, size: int = 3, **settings: Any) -> AsyncIterator[ToyCluster]:
-    async with trio.open_nursery() as nursery:
-        toy = ToyCluster(toy_env(tmp_path), tmp_path, nursery, size, **{"segment_bytes": SEGMENT, **settings})
-        await toy.start()
-        yield toy
-        nursery.cancel_scope.cancel()
+from tests.unit.dledger.dledger_toy import Node, ToyCluster
+from tests.unit.dledger.test_repair import SEGMENT, assert_identical, cluster, fill, flip_body
 
 
 def first_indexes(toy: ToyCluster) -> list[int]:

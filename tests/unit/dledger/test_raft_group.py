@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import errno
 import random
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
@@ -19,16 +18,8 @@ from dledger.group import RaftGroup
 from runtime.files import Locked, RealFile
 from runtime.logs import get_logger
 from runtime.testing import wait_until
-from tests.unit.dledger.dledger_toy import RECORD_BYTES, ToyCluster, ToyMachine, toy_env
-
-
-@asynccontextmanager
-async def cluster(tmp_path: Path, size: int = 3, *names: str, **settings: Any) -> AsyncIterator[ToyCluster]:
-    async with trio.open_nursery() as nursery:
-        toy = ToyCluster(toy_env(tmp_path), tmp_path, nursery, size, **settings)
-        await toy.start(*names)
-        yield toy
-        nursery.cancel_scope.cancel()
+from tests.unit.dledger.dledger_toy import RECORD_BYTES, Boot, ToyCluster, ToyMachine, driver_of
+from tests.unit.dledger.dledger_toy import toy_cluster as cluster
 
 
 def assert_identical(toy: ToyCluster) -> None:
@@ -450,8 +441,7 @@ async def test_follower_with_a_full_disk_does_not_fill_its_memory(
         leader = await toy.leader()
         follower = next(node for node in toy.nodes.values() if node is not leader)
         full.append(str(follower.folder))
-        assert follower.running._driver is not None
-        store = follower.running._driver.store
+        store = driver_of(follower).store
         for _ in range(60):
             for _ in range(400):
                 leader.machine.put(leader.running, b"more", lambda _: None)
@@ -484,12 +474,6 @@ async def test_failed_sync_ends_the_node_and_not_the_group(tmp_path: Path, monke
 
 
 async def test_power_loss_under_async_flush_makes_a_node_recover_first(tmp_path: Path) -> None:
-    class OtherBoot:
-        host, pid, boot_id, memory_bytes = "h", 1, "another boot", 1 << 34
-
-        def salt(self, nbytes: int) -> bytes:
-            return bytes(nbytes)
-
     async with cluster(tmp_path) as toy:
         await toy.put(b"one")
         leader = await toy.leader()
@@ -497,7 +481,7 @@ async def test_power_loss_under_async_flush_makes_a_node_recover_first(tmp_path:
         await toy.level()
         assert follower.running.statistics().power_lost_index is None
         await follower.kill()
-        toy.env = evolve(toy.env, ids=OtherBoot())
+        toy.env = evolve(toy.env, ids=Boot(1))
         await follower.start()
         assert follower.running.statistics().recovering
         await toy.put(b"two")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,8 @@ import trio
 from attrs import evolve
 
 from dledger import retention
-from dledger.config import GroupConfig
 from dledger.core.types import EntryType, frame_entry
 from dledger.disk_watch import Usage
-from dledger.driver import Driver
 from dledger.errors import LedgerError, NotLeader
 from dledger.lone_trim import LONE_TRIM_FILE, drop_lone_trim, read_lone_trim, write_lone_trim
 from dledger.peers import Peers
@@ -24,17 +22,12 @@ from dledger.retention import Closed, Plan, Situation, decide, decode_trim, enco
 from dledger.store.checkpoint import read_checkpoint
 from runtime.files import RealFile, RealFiles
 from runtime.testing import wait_until
-from tests.unit.dledger.dledger_toy import Node, ToyCluster, toy_env
+from tests.unit.dledger.dledger_toy import Node, ToyCluster, driver_of, toy_cluster
+from tests.unit.dledger.dledger_toy import lone_config as config
 
 HOUR_MS = 3_600_000
 NOW_MS = 1_700_000_000_000
 SEGMENT = 65_536
-
-
-def config(**settings: Any) -> GroupConfig:
-    return GroupConfig(
-        cluster="c", group="g", node_id="n0", peers={"n0": ("127.0.0.1", 1)}, data_dir="/nowhere", **settings
-    )
 
 
 def situation(ages_hours: Sequence[float | None], **changes: Any) -> Situation:
@@ -131,8 +124,7 @@ def test_a_trim_keeps_the_segment_of_its_byte_and_its_own() -> None:
 # Whole groups
 
 
-@asynccontextmanager
-async def cluster(tmp_path: Path, size: int = 3, **settings: Any) -> AsyncIterator[ToyCluster]:
+def cluster(tmp_path: Path, size: int = 3, **settings: Any) -> AbstractAsyncContextManager[ToyCluster]:
     fast = {
         "heartbeat_ms": 20,
         "election_timeout_ms_min": 150,
@@ -140,22 +132,12 @@ async def cluster(tmp_path: Path, size: int = 3, **settings: Any) -> AsyncIterat
         "segment_bytes": SEGMENT,
         "delete_hour": -1,
     }
-    async with trio.open_nursery() as nursery:
-        toy = ToyCluster(toy_env(tmp_path), tmp_path, nursery, size, **{**fast, **settings})
-        await toy.start()
-        yield toy
-        nursery.cancel_scope.cancel()
+    return toy_cluster(tmp_path, size, **{**fast, **settings})
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retention, "REMOVE_SECONDS", 0.02)
-
-
-def driver_of(node: Node) -> Driver:
-    driver = node.running._driver
-    assert driver is not None
-    return driver
 
 
 async def fill(toy: ToyCluster, segments: int, stamp_ms: int = 0) -> None:
