@@ -50,9 +50,7 @@ def _opened(folder: str, *, every_frame: bool = True) -> Iterator[OfflineLog]:
     from dledger.offline import open_offline
 
     try:
-        with open_offline(
-            real_env().files, absolute_path(folder), every_frame=every_frame, on_read=_progress()
-        ) as found:
+        with open_offline(real_env(), absolute_path(folder), every_frame=every_frame, on_read=_progress()) as found:
             yield found
     except LedgerError as error:
         raise Failure(str(error), CHECK_FAILED) from None

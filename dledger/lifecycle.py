@@ -217,6 +217,7 @@ class LifeCycle:
             warm=config.warm,
             mlock=config.mlock,
             advise=config.advise,
+            is_cache_kept=self._is_same_boot(meta) and not has_failed(env.files, config.data_dir),
             hint_is_evidence=not self._answered_from_cache(meta),
         )
         store, recovered = await LogStore.open(env, config.data_dir, identity.segment_bytes, meta, options)
@@ -279,8 +280,11 @@ class LifeCycle:
 
     def _may_have_forgotten(self, meta: MetaFile) -> bool:
         """Whether a power loss may have taken what this node acknowledged: async flush, and the machine rebooted."""
-        saved = meta.saved
-        return self._answered_from_cache(meta) and not saved.clean and saved.boot != boot_tag(self._env.ids.boot_id)
+        return self._answered_from_cache(meta) and not meta.saved.clean and not self._is_same_boot(meta)
+
+    def _is_same_boot(self, meta: MetaFile) -> bool:
+        """Whether the machine has not restarted since the run that wrote the log."""
+        return meta.saved.boot == boot_tag(self._env.ids.boot_id)
 
     def _answered_from_cache(self, meta: MetaFile) -> bool:
         """Whether the run that wrote the log may have acknowledged what only the page cache had. The slots say so where

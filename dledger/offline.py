@@ -15,12 +15,13 @@ from dledger.core.types import Entry
 from dledger.errors import FormatError, LogDamaged
 from dledger.store.base import BaseRecord
 from dledger.store.checkpoint import read_checkpoint
+from dledger.store.failure import has_failed
 from dledger.store.faults import FaultyRange, add_suspects
 from dledger.store.format import FORMAT_FILE, Format, read_format
-from dledger.store.meta import Meta, MetaFile
+from dledger.store.meta import Meta, MetaFile, boot_tag
 from dledger.store.recovery import RecoveredLog, recover_log
 from dledger.store.segments import Segment, segment_bases
-from runtime.model import Files
+from runtime.model import Env, Files
 from runtime.overlay import OverlayFiles
 
 READ_BYTES = 1 << 20
@@ -141,23 +142,26 @@ def find_log_folder(files: Files, folder: str) -> str:
 
 @contextmanager
 def open_offline(
-    files: Files, folder: str, *, every_frame: bool = True, on_read: Callable[[int], None] | None = None
+    env: Env, folder: str, *, every_frame: bool = True, on_read: Callable[[int], None] | None = None
 ) -> Iterator[OfflineLog]:
     """Look at a stopped node's log. `every_frame`: read it all, instead of trusting complete segments as a start does.
     `on_read` is told how many bytes were read, each time.
 
     Blocks. Raises FormatError, MetaDamaged, LogDamaged or OSError with one sentence; Locked while the node runs.
     """
-    folder = find_log_folder(files, folder)
-    with files.lock(f"{folder}/lock"):
-        overlay = OverlayFiles(files, on_read)
+    folder = find_log_folder(env.files, folder)
+    with env.files.lock(f"{folder}/lock"):
+        overlay = OverlayFiles(env.files, on_read)
         try:
             identity = read_format(overlay, folder)
             assert identity is not None  # find_log_folder saw its file
             meta = MetaFile.open(overlay, folder, identity).saved
             if every_frame:
                 add_suspects(overlay, folder, segment_bases(overlay, folder))
-            recovered = recover_log(overlay, folder, identity.segment_bytes, meta.durable_index)
+            is_cache_kept = meta.boot == boot_tag(env.ids.boot_id) and not has_failed(overlay, folder)
+            recovered = recover_log(
+                overlay, folder, identity.segment_bytes, meta.durable_index, is_cache_kept=is_cache_kept
+            )
             checkpoint = read_checkpoint(overlay, folder)
             yield _offline_log(folder, identity, meta, recovered, 0 if checkpoint is None else checkpoint.index)
         finally:

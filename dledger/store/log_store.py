@@ -55,12 +55,19 @@ def is_blank(env: Env, folder: str) -> bool:
     return read_format(env.files, folder) is None and not segment_bases(env.files, folder)
 
 
-def _load(files: Files, folder: str, segment_bytes: int, durable_index: int, hint_is_evidence: bool) -> RecoveredLog:
+def _load(files: Files, folder: str, segment_bytes: int, durable_index: int, options: StoreOptions) -> RecoveredLog:
     """Recover, with at least one segment to write to."""
     complete_install(files, folder)
     forget_cached_pages(files, folder)
     try:
-        recovered = recover_log(files, folder, segment_bytes, durable_index, hint_is_evidence=hint_is_evidence)
+        recovered = recover_log(
+            files,
+            folder,
+            segment_bytes,
+            durable_index,
+            hint_is_evidence=options.hint_is_evidence,
+            is_cache_kept=options.is_cache_kept,
+        )
     except OSError as error:
         if error.errno not in DISK_FULL:  # what it could not sync is clean now: the next one must not find it in memory
             mark_failed(files, folder, f"recovering the log in {folder} failed: {error}")
@@ -120,7 +127,7 @@ class LogStore(LogReader):
         """
         options = options if options is not None else StoreOptions()
         recovered: RecoveredLog = await env.run_in_thread(
-            _load, env.files, folder, segment_bytes, meta.saved.durable_index, options.hint_is_evidence
+            _load, env.files, folder, segment_bytes, meta.saved.durable_index, options
         )
         return cls(env, folder, segment_bytes, meta, recovered, options), recovered
 

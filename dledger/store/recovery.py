@@ -4,11 +4,12 @@ Closed segments are trusted when their side rows are complete and the next segme
 verifies again. The rest is walked frame by frame (`dledger.store.walk`). At a hole there are two cases:
 
 * Evidence that its first entry once was on stable storage (a side row, the durable mark in the meta slot, with sync
-  flush a later frame's commit hint), bytes that the disk does not give back, or a log without its first segment: the
+  flush a later frame's commit hint), bytes that the disk does not give back, a log without its first segment, or an
+  intact frame behind it after a mere kill of the process, which leaves every write before its last one whole: the
   entries are *damaged*. Nothing is cut and everything intact is kept; the range is reported, for this node may have
   acknowledged the entries.
 * No evidence: a *torn tail* of writes nobody was promised. It is overwritten with zeros and synced, also when intact
-  frames follow it, because a power loss may persist pages in any order.
+  frames follow it after a power loss, which may persist pages in any order.
 
 Whatever is kept is synced before anybody builds on it: after a mere kill of the process it may be only in the page
 cache. So everything found is durable afterwards.
@@ -60,9 +61,16 @@ class RecoveredLog:
 
 
 def recover_log(
-    files: Files, folder: str, segment_bytes: int, durable_index: int, *, hint_is_evidence: bool = False
+    files: Files,
+    folder: str,
+    segment_bytes: int,
+    durable_index: int,
+    *,
+    hint_is_evidence: bool = False,
+    is_cache_kept: bool = False,
 ) -> RecoveredLog:
-    """Load a log; `durable_index` is the mark in the meta slot. Blocks; run it in a thread.
+    """Load a log; `durable_index` is the mark in the meta slot, the others are of `StoreOptions`. Blocks; run it in a
+    thread.
 
     Damage is reported in `faults`; so is the beginning of a trimmed log whose base record is lost, for the peers have
     either the entries or a newer beginning. Raises LogDamaged where it cannot be told what belongs to the log: a newer
@@ -71,7 +79,7 @@ def recover_log(
     base = read_base(files, folder) or BaseRecord()
     segments = _open_all(files, folder, segment_bytes, base)
     try:
-        return _recover(files, folder, segment_bytes, base, segments, durable_index, hint_is_evidence)
+        return _recover(files, folder, segment_bytes, base, segments, durable_index, hint_is_evidence, is_cache_kept)
     except (LogDamaged, OSError):
         retire_all(segments)
         raise
@@ -85,6 +93,7 @@ def _recover(
     segments: list[Segment],
     durable_index: int,
     hint_is_evidence: bool,
+    is_cache_kept: bool,
 ) -> RecoveredLog:
     first_base = base.first_base(segment_bytes)
     walk = Walk(
@@ -92,6 +101,7 @@ def _recover(
         segment_bytes,
         durable_index,
         hint_is_evidence,
+        is_cache_kept,
         _rows_evidence(files, folder, segments, first_base),
     )
     start = walk.last
@@ -208,7 +218,7 @@ def _judge(walk: Walk) -> tuple[list[FaultyRange], LastEntry, bool]:
     """(faults with two ends, the log's last entry, whether behind it there is damage) by the evidence there is."""
     evidence = walk.evidence
     for number, fault in enumerate(walk.faults):
-        if fault.first_index > evidence and not walk.unreadable[number]:
+        if fault.first_index > evidence and not (walk.unreadable[number] or walk.is_cache_kept):
             return walk.faults[:number], walk.before[number], False
     unreadable = walk.hole is not None and walk.hole.unreadable
     return walk.faults, walk.last, walk.last.index < evidence or unreadable

@@ -83,6 +83,7 @@ class Walk:
     segment_bytes: int
     durable_mark: int = 0
     hint_is_evidence: bool = False
+    is_cache_kept: bool = False
     rows_evidence: dict[int, int] = field(factory=dict)
     """Last entry that the side rows of a segment tell of, by the segment's start."""
     commit_hint: int = 0

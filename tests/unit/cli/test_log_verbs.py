@@ -12,9 +12,10 @@ import trio
 from dledger.core.types import HEADER_BYTES, Entry, EntryType, frame_entry, next_position
 from dledger.store.format import Format
 from dledger.store.log_store import LogStore, format_folder
-from dledger.store.meta import MetaFile
+from dledger.store.meta import MetaFile, boot_tag
 from remoting.message_codec import encode_record
 from runtime.files import RealFiles
+from runtime.real import real_env
 from runtime.testing import test_env
 from tests.unit.cli.test_cli_verbs import invoke
 
@@ -126,6 +127,29 @@ def test_a_torn_tail_is_no_damage(node: Path) -> None:
     document = verified(node, 0)
     assert document["is_whole"]
     assert document["torn_bytes"] >= 100
+
+
+@pytest.mark.parametrize("is_same_boot", [True, False])
+def test_damage_that_nothing_but_later_entries_proves_is_torn_only_after_a_power_loss(
+    node: Path, is_same_boot: bool
+) -> None:
+    """As the node's own next start judges it."""
+
+    async def forget() -> None:
+        meta = MetaFile.open(RealFiles(), str(node / "raft"), IDENTITY)
+        await meta.save_mark(0)
+        await meta.save_started(boot_tag(real_env().ids.boot_id if is_same_boot else "another boot"))
+        meta.close()
+
+    trio.run(forget)
+    for path in (node / "raft" / "rows").iterdir():
+        path.write_bytes(b"")
+    path = node / "raft" / "log" / f"{0:020d}"
+    data = bytearray(path.read_bytes())
+    data[entries()[4].position + 200] ^= 1
+    path.write_bytes(data)
+    document = verified(node, 5 if is_same_boot else 0)
+    assert document["last_index"] == (ENTRIES if is_same_boot else 4)
 
 
 def test_stats_count_terms_segments_and_messages(node: Path) -> None:

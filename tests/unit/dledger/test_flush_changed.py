@@ -62,28 +62,55 @@ async def test_async_then_a_failed_sync_then_sync_recovers_first(tmp_path: Path)
         assert node.running.statistics().recovering
 
 
+async def state_with_damage_beyond_the_evidence(toy: ToyCluster, node: Node, *, was_async: bool) -> str:
+    """The first entries are damaged, no side row or mark tells of them, and intact ones lie behind."""
+    folder = str(node.folder)
+    identity = read_format(toy.env.files, folder)
+    assert identity is not None
+    meta = MetaFile.open(toy.env.files, folder, identity)
+    assert meta.saved.is_async
+    await meta.save_mark(0)
+    await meta.save_started(meta.saved.boot, is_async=was_async)
+    meta.close()
+    (node.folder / "rows" / segment_name(0)).write_bytes(b"")
+    with (node.folder / "log" / segment_name(0)).open("r+b") as file:
+        file.seek(HEADER_BYTES)
+        file.write(b"?" * 40)
+    before = node.group
+    toy.nursery.start_soon(node.run_here)
+    await wait_until(lambda: node.group is not before and node.running.state != "recovering", what="a state")
+    return node.running.state
+
+
 @pytest.mark.parametrize("was_async", [True, False])
 async def test_a_commit_index_in_a_frame_proves_nothing_where_the_run_that_wrote_it_was_async(
     tmp_path: Path, was_async: bool
 ) -> None:
     """Without a side row or a mark, what is torn by the power loss is torn: maybe nobody has it any more."""
     async with one_left(tmp_path) as (toy, node, _):
-        folder = str(node.folder)
-        identity = read_format(toy.env.files, folder)
-        assert identity is not None
-        meta = MetaFile.open(toy.env.files, folder, identity)
-        assert meta.saved.is_async
-        await meta.save_mark(0)
-        await meta.save_started(meta.saved.boot, is_async=was_async)
-        meta.close()
-        (node.folder / "rows" / segment_name(0)).write_bytes(b"")
-        with (node.folder / "log" / segment_name(0)).open("r+b") as file:
-            file.seek(HEADER_BYTES)
-            file.write(b"?" * 40)  # the first entries
-        before = node.group
-        toy.nursery.start_soon(node.run_here)
-        await wait_until(lambda: node.group is not before and node.running.state != "recovering", what="a state")
-        assert node.running.state == ("serving" if was_async else "repairing")
+        toy.env = evolve(toy.env, ids=Boot(1))
+        state = await state_with_damage_beyond_the_evidence(toy, node, was_async=was_async)
+        assert state == ("serving" if was_async else "repairing")
+
+
+async def test_4_6_after_a_mere_kill_what_lies_before_an_intact_frame_is_no_torn_tail(tmp_path: Path) -> None:
+    """The page cache keeps every write: only the last one can be cut short by the end of the process."""
+    async with one_left(tmp_path) as (toy, node, others):
+        assert await state_with_damage_beyond_the_evidence(toy, node, was_async=True) == "repairing"
+        for other in others:
+            await other.start()
+        await wait_until(lambda: node.running.is_serving, what="the repair")
+        assert node.running.statistics().counters["repairs"] == 1
+        await toy.put(b"more")
+        await toy.level()
+        assert len({toy.segment_bytes(name) for name in toy.nodes}) == 1
+
+
+async def test_4_2_a_failed_sync_is_as_a_power_loss_for_what_it_may_have_taken(tmp_path: Path) -> None:
+    async with one_left(tmp_path) as (toy, node, _):
+        mark_failed(toy.env.files, str(node.folder), "sync failed")
+        assert await state_with_damage_beyond_the_evidence(toy, node, was_async=True) == "serving"
+        assert node.running.statistics().recovering
 
 
 @pytest.mark.parametrize("flush", ["async", "sync"])

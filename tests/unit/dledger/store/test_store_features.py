@@ -483,6 +483,23 @@ async def test_commit_hint_is_evidence_only_with_sync_flush(tmp_path: Path) -> N
     assert not recovered.faults and twin.last_index == 5
 
 
+@pytest.mark.parametrize("is_cache_kept", [True, False])
+async def test_4_6_an_intact_frame_proves_what_lies_before_it_only_without_a_power_loss(
+    tmp_path: Path, is_cache_kept: bool
+) -> None:
+    await write_log(tmp_path, ENTRIES[:10], mark=False)
+    for path in (tmp_path / "rows").iterdir():
+        path.write_bytes(b"")
+    for damaged in (5, 9):
+        damage(tmp_path, ENTRIES[damaged].position + 5)
+    env = test_env(tmp_path)
+    meta = MetaFile.open(env.files, str(tmp_path), IDENTITY)
+    options = StoreOptions(is_cache_kept=is_cache_kept)
+    store, recovered = await LogStore.open(env, str(tmp_path), SEGMENT, meta, options)
+    faults = [(fault.first_index, fault.last_index) for fault in recovered.faults]
+    assert (faults, store.last_index) == (([(6, 6)], 9) if is_cache_kept else ([], 5)), "a cut off last write is torn"
+
+
 async def test_unreadable_bytes_are_damage_without_evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     await write_log(tmp_path, ENTRIES[:8], mark=False)
     for path in (tmp_path / "rows").iterdir():
