@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from dledger.store.faults import EntryDamaged, read_suspects
 from dledger.store.repair import write_repair
@@ -84,15 +85,23 @@ async def test_a_file_that_is_not_in_its_place_any_more_is_noticed(
             again.abandon()
 
 
-async def test_files_are_looked_at_once_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dledger.store.log_reader.WATCH_EVERY_SECONDS", 0.01)
+async def test_files_are_looked_at_once_a_minute(tmp_path: Path, autojump_clock: MockClock) -> None:
     await write_log(tmp_path, ENTRIES)
     store, _ = await opened(test_env(tmp_path), tmp_path)
-    with trio.move_on_after(0.05):
+    there = store.check_files
+    looked: list[float] = []
+
+    async def check_files() -> None:
+        looked.append(trio.current_time() - began)
+        if len(looked) == 3:
+            remove(tmp_path / "log" / segment_name(SEGMENT))
+        await there()
+
+    store.check_files = check_files  # type: ignore[method-assign]
+    began = trio.current_time()
+    with pytest.raises(EntryDamaged):
         await store.watch_files()
-    remove(tmp_path / "log" / segment_name(SEGMENT))
-    with trio.fail_after(5), pytest.raises(EntryDamaged):
-        await store.watch_files()
+    assert looked == pytest.approx([60, 120, 180])
     store.abandon()
 
 
