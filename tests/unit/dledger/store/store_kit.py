@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import trio
 
 from dledger.core.types import Entry, EntryType, frame_entry, next_position
 from dledger.errors import LogDamaged
 from dledger.store.faults import EntryDamaged, FaultyRange, add_suspects
-from dledger.store.format import Format
+from dledger.store.format import LOG_FOLDER, Format
 from dledger.store.log_store import LogStore, format_folder
 from dledger.store.meta import MetaFile
 from dledger.store.recovery import RecoveredLog, recover_log
 from dledger.store.repair import drop_open_fault, write_repair
-from runtime.files import RealFiles
+from dledger.store.segments import segment_name
+from runtime.files import RealFile, RealFiles
 from runtime.model import Env
 from runtime.testing import test_env
 
@@ -92,6 +95,18 @@ def log_files(folder: Path) -> dict[str, bytes]:
     return {
         f"{sub}/{path.name}": path.read_bytes() for sub in ("log", "rows") for path in sorted((folder / sub).iterdir())
     }
+
+
+def make_unreadable(patch: pytest.MonkeyPatch, base: int, first: int, last: int) -> None:
+    """The disk does not give back what holds any of the bytes `first` to `last` of a segment."""
+    there = RealFile.pread
+
+    def pread(file: RealFile, nbytes: int, offset: int) -> bytes:
+        if file.path.endswith(f"{LOG_FOLDER}/{segment_name(base)}") and offset <= last and first < offset + nbytes:
+            raise OSError(errno.EIO, "Input/output error")
+        return there(file, nbytes, offset)
+
+    patch.setattr(RealFile, "pread", pread)
 
 
 class Bench:

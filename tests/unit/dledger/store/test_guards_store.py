@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +39,7 @@ from tests.unit.dledger.store.store_kit import (
     copied,
     fresh,
     log_files,
+    make_unreadable,
     opened,
     read_all,
     some_entries,
@@ -286,14 +286,7 @@ async def test_4_6_an_end_that_the_disk_does_not_give_back_is_damage(
     """Without any other evidence: unreadable is never absent."""
     await write_log(tmp_path, ENTRIES[:5], mark=False)
     (tmp_path / "rows" / segment_name(0)).write_bytes(b"")
-    there = RealFile.pread
-
-    def pread(file: RealFile, nbytes: int, offset: int) -> bytes:
-        if file.path.endswith(f"log/{segment_name(0)}") and offset + nbytes > 4096:
-            raise OSError(errno.EIO, "Input/output error")
-        return there(file, nbytes, offset)
-
-    monkeypatch.setattr("runtime.files.RealFile.pread", pread)
+    make_unreadable(monkeypatch, 0, 4096, SEGMENT)
     (fault,) = recover_log(RealFiles(), str(tmp_path), SEGMENT, 0).faults
     assert fault.is_open
 

@@ -45,6 +45,7 @@ from tests.unit.dledger.store.store_kit import (
     append,
     copied,
     fresh,
+    make_unreadable,
     opened,
     read_all,
     some_entries,
@@ -506,16 +507,8 @@ async def test_unreadable_bytes_are_damage_without_evidence(tmp_path: Path, monk
         path.write_bytes(b"")
     bad = ENTRIES[5].position
     env = test_env(tmp_path)
-    pread = "runtime.files.RealFile.pread"
-    real = RealFile.pread
-
-    def failing(file: RealFile, nbytes: int, offset: int) -> bytes:
-        if file.path.endswith(f"log/{segment_name(0)}") and offset <= bad < offset + nbytes:
-            raise OSError(errno.EIO, "Input/output error")
-        return real(file, nbytes, offset)
-
     with monkeypatch.context() as patch:
-        patch.setattr(pread, failing)
+        make_unreadable(patch, 0, bad, bad)
         store, recovered = await opened(env, tmp_path)
         store.abandon()
         (fault,) = recovered.faults  # although nothing proves that these entries were ever durable

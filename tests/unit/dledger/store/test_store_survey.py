@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from dledger.store.rows import ROW_BYTES, last_row
 from dledger.store.segments import Segment, open_segment, segment_name
 from dledger.store.survey import Survey, row_fits_frame
 from dledger.store.walk import UNPROVEN, Standing
-from runtime.files import RealFile, RealFiles
-from tests.unit.dledger.store.store_kit import SEGMENT, copied
+from runtime.files import RealFiles
+from tests.unit.dledger.store.store_kit import SEGMENT, copied, make_unreadable
 from tests.unit.dledger.store.test_store_recovery import Logs, inflict
 
 SUPERSEDED = Standing(is_superseded=True)
@@ -140,15 +139,8 @@ def test_a_file_that_cannot_be_read_whole_is_not_superseded(
     logs: Logs, monkeypatch: pytest.MonkeyPatch, where: int
 ) -> None:
     folder = Folder(logs, ("log", 2, "foreign"), no_rows(2))
-    pread = RealFile.pread
-
-    def failing(file: RealFile, nbytes: int, offset: int) -> bytes:
-        if file.path.endswith(f"log/{segment_name(2 * SEGMENT)}") and offset <= where < offset + nbytes:
-            raise OSError(errno.EIO, "Input/output error")
-        return pread(file, nbytes, offset)
-
     with monkeypatch.context() as patch:
-        patch.setattr(RealFile, "pread", failing)
+        make_unreadable(patch, 2 * SEGMENT, where, where)
         assert folder.survey(*range(5)).standing(2) == UNPROVEN
     folder.segments[2].is_readable = False  # as somebody has found out before
     assert Survey(folder.segments, 0).standing(2) == SUPERSEDED and not folder.segments[2].is_readable
