@@ -393,9 +393,8 @@ async def test_random_kills_lose_nothing_that_was_acknowledged(tmp_path: Path, s
         print(f"sent {sent} acknowledged {len(acknowledged)} unknown {len(unknown)} refused {len(refused)}")
 
 
-async def test_leader_with_a_full_disk_hands_over_and_comes_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def full_folders(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list, empty at first, of folders in which there is no room for another segment."""
     allocate = RealFile.allocate
     full: list[str] = []
 
@@ -405,6 +404,13 @@ async def test_leader_with_a_full_disk_hands_over_and_comes_back(
         allocate(file, nbytes)
 
     monkeypatch.setattr(RealFile, "allocate", maybe_full)
+    return full
+
+
+async def test_leader_with_a_full_disk_hands_over_and_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = full_folders(monkeypatch)
     async with cluster(tmp_path, segment_bytes=65_536) as toy:
         await toy.put(b"first")
         old = await toy.leader()
@@ -426,15 +432,7 @@ async def test_leader_with_a_full_disk_hands_over_and_comes_back(
 async def test_follower_with_a_full_disk_does_not_fill_its_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    allocate = RealFile.allocate
-    full: list[str] = []
-
-    def maybe_full(file: RealFile, nbytes: int) -> None:
-        if any(file.path.startswith(folder) for folder in full):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        allocate(file, nbytes)
-
-    monkeypatch.setattr(RealFile, "allocate", maybe_full)
+    full = full_folders(monkeypatch)
     limit = 200_000
     async with cluster(tmp_path, segment_bytes=65_536, uncommitted_bytes_max=limit) as toy:
         await toy.put(b"first")

@@ -161,6 +161,33 @@ def save_checkpoints(toy: ToyCluster) -> None:
             node.running.save_checkpoint(*node.machine.checkpoint())
 
 
+async def all_but_one_killed(toy: ToyCluster, segments: int = 6) -> list[Node]:
+    """The one that is left first; its checkpoints cover its log of so many segments."""
+    await fill(toy, segments, toy.env.clock.wall_ms())
+    save_checkpoints(toy)
+    await toy.leader()
+    lone, *rest = toy.alive()
+    for node in rest:
+        await node.kill()
+    return [lone, *rest]
+
+
+def one_disk(monkeypatch: pytest.MonkeyPatch, free: list[int], total: int) -> None:
+    """All nodes share it; `free[0]` bytes of it are free."""
+    monkeypatch.setattr(RealFiles, "free_space", lambda self, path: (free[0], total))
+
+
+def disks(monkeypatch: pytest.MonkeyPatch, free: dict[str, int], total: int) -> None:
+    """Each node has a disk of its own."""
+    monkeypatch.setattr(RealFiles, "free_space", lambda self, path: (free[Path(path).name], total))
+
+
+def lonely_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has no leader does not wait for long before it trims on its own."""
+    monkeypatch.setattr(retention, "DECIDE_SECONDS", 0.05)
+    monkeypatch.setattr(retention, "ALONE_AFTER_SECONDS", 0.1)
+
+
 async def wait_for_removal(toy: ToyCluster, position: int) -> None:
     await wait_until(
         lambda: all(node.running.first_position == position for node in toy.alive()), what=f"logs from {position} on"
@@ -258,7 +285,7 @@ async def test_a_disk_that_fills_up_forces_a_trim_and_counts_what_it_lost(
 ) -> None:
     total = 100 * SEGMENT
     free = [50 * SEGMENT]
-    monkeypatch.setattr(RealFiles, "free_space", lambda self, path: (free[0], total))
+    one_disk(monkeypatch, free, total)
     async with cluster(tmp_path) as toy:
         await fill(toy, 6, toy.env.clock.wall_ms())
         leader = await toy.leader()
@@ -283,16 +310,10 @@ async def test_a_node_without_a_leader_trims_alone_and_leads_only_after_the_grou
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = [50]
-    monkeypatch.setattr(RealFiles, "free_space", lambda self, path: (free[0], 100))
-    monkeypatch.setattr(retention, "DECIDE_SECONDS", 0.05)
-    monkeypatch.setattr(retention, "ALONE_AFTER_SECONDS", 0.1)
+    one_disk(monkeypatch, free, 100)
+    lonely_at_once(monkeypatch)
     async with cluster(tmp_path) as toy:
-        await fill(toy, 6, toy.env.clock.wall_ms())
-        save_checkpoints(toy)
-        await toy.leader()
-        lone, *rest = toy.alive()
-        for node in rest:
-            await node.kill()
+        lone, *rest = await all_but_one_killed(toy)
         await wait_until(lambda: lone.running.leader_id is None, what="the leader to be gone")
         free[0] = 10
         await wait_until(lambda: lone.running.first_position > 0, what="segments to go")
@@ -314,17 +335,11 @@ async def test_a_node_that_trimmed_alone_and_leads_after_all_trims_the_group_fir
 ) -> None:
     """All members may have filled the same disk: none of them may wait for ever for another one's TRIM."""
     free = [50]
-    monkeypatch.setattr(RealFiles, "free_space", lambda self, path: (free[0], 100))
-    monkeypatch.setattr(retention, "DECIDE_SECONDS", 0.05)
-    monkeypatch.setattr(retention, "ALONE_AFTER_SECONDS", 0.1)
+    one_disk(monkeypatch, free, 100)
+    lonely_at_once(monkeypatch)
     monkeypatch.setattr(retention, "ALONE_LEADS_AFTER_SECONDS", 0.5)
     async with cluster(tmp_path, election_timeout_ms_min=400, election_timeout_ms_max=800) as toy:
-        await fill(toy, 6, toy.env.clock.wall_ms())
-        save_checkpoints(toy)
-        await toy.leader()
-        lone, *rest = toy.alive()
-        for node in rest:
-            await node.kill()
+        lone, *rest = await all_but_one_killed(toy)
         free[0] = 10
         await wait_until(lambda: not lone.running.statistics().disk_ok, what="the node to be unfit")
         free[0] = 50
@@ -432,22 +447,16 @@ async def test_nothing_is_removed_on_the_word_of_an_entry_that_a_power_loss_may_
 async def test_who_trimmed_alone_knows_it_after_a_restart_until_the_group_has_trimmed_as_much(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free = [50]
-    monkeypatch.setattr(RealFiles, "free_space", lambda self, path: (free[0] * SEGMENT, 100 * SEGMENT))
-    monkeypatch.setattr(retention, "DECIDE_SECONDS", 0.05)
-    monkeypatch.setattr(retention, "ALONE_AFTER_SECONDS", 0.1)
+    free = [50 * SEGMENT]
+    one_disk(monkeypatch, free, 100 * SEGMENT)
+    lonely_at_once(monkeypatch)
     async with cluster(tmp_path) as toy:
-        await fill(toy, 7, toy.env.clock.wall_ms())
-        save_checkpoints(toy)
-        await toy.leader()
-        lone, *rest = toy.alive()
-        for node in rest:
-            await node.kill()
-        free[0] = 12
+        lone, *rest = await all_but_one_killed(toy, 7)
+        free[0] = 12 * SEGMENT
         note = lone.folder / LONE_TRIM_FILE
         await wait_until(lambda: lone.running.first_position >= 2 * SEGMENT, what="segments to go")
         assert note.exists(), "noted before the first segment goes"
-        free[0] = 50
+        free[0] = 50 * SEGMENT
         position = lone.running.first_position
         await lone.kill()
         await lone.start()
@@ -496,16 +505,11 @@ async def test_a_note_for_which_there_is_no_room_follows_the_removal(
         write_lone_trim(files, folder, position)
 
     monkeypatch.setattr(retention, "write_lone_trim", write)
-    monkeypatch.setattr(RealFiles, "free_space", lambda self, path: (10, 100))
-    monkeypatch.setattr(retention, "DECIDE_SECONDS", 0.05)
-    monkeypatch.setattr(retention, "ALONE_AFTER_SECONDS", 0.1)
+    one_disk(monkeypatch, [10], 100)
+    lonely_at_once(monkeypatch)
     monkeypatch.setattr("dledger.disk_watch.USAGE_SECONDS", 60.0)
     async with cluster(tmp_path, disk_watermarks=(0.75, 0.85, 1.0)) as toy:
-        await fill(toy, 6, toy.env.clock.wall_ms())
-        save_checkpoints(toy)
-        lone, *rest = toy.alive()
-        for node in rest:
-            await node.kill()
+        lone, *_ = await all_but_one_killed(toy)
         await wait_until(lambda: lone.running.first_position > 0, what="segments to go")
         await wait_until(lambda: (lone.folder / LONE_TRIM_FILE).exists(), what="the note")
 
@@ -548,11 +552,6 @@ async def test_a_log_that_is_limited_is_looked_at_whenever_a_segment_is_closed(
 
 def segments(node: Node) -> list[Path]:
     return [path for path in (node.folder / "log").iterdir() if path.name.isdigit()]
-
-
-def disks(monkeypatch: pytest.MonkeyPatch, free: dict[str, int], total: int) -> None:
-    """Each node has a disk of its own."""
-    monkeypatch.setattr(RealFiles, "free_space", lambda self, path: (free[Path(path).name], total))
 
 
 async def test_a_follower_whose_disk_fills_up_brings_about_a_trim(
