@@ -15,7 +15,6 @@ import quorate
 from cli.output import number
 from cli.plain import QUIET, clock_time, hints, promise, step_line
 from cluster.config import ClusterConfig
-from cluster.layout import Layout
 from cluster.status import NodeStatus, StatusReader
 from cluster.supervisor import Event, Supervisor
 from runtime.model import Env
@@ -48,10 +47,9 @@ class _Rate:
 class LiveView:
     """Steps as lines, then the table in place."""
 
-    def __init__(self, env: Env, config: ClusterConfig, layout: Layout, head: str) -> None:
+    def __init__(self, env: Env, config: ClusterConfig, head: str) -> None:
         self._env = env
         self._config = config
-        self._layout = layout
         self._console = Console(highlight=False)
         self._head: str | None = head
         self._started_ms = 0
@@ -83,16 +81,16 @@ class LiveView:
                     while not supervisor.is_stopping:
                         due = self._env.clock.monotonic() + REFRESH_S
                         statuses = await reader.read(brokers, within_s=ASK_WITHIN_S)
-                        live.update(self._draw(statuses, supervisor), refresh=True)
+                        live.update(self._draw(statuses), refresh=True)
                         await self._env.clock.sleep_until(due)
                 finally:
                     self._live = None
 
-    def _draw(self, statuses: Sequence[NodeStatus], supervisor: Supervisor) -> RenderableType:
+    def _draw(self, statuses: Sequence[NodeStatus]) -> RenderableType:
         now = self._env.clock.monotonic()
         parts: list[RenderableType] = []
         for group in self._config.groups:
-            table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+            table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
             table.add_column(group.name)
             table.add_column("role")
             for heading in ("term", "uncommitted", "committed", "applied", "lag", "in/s", "out/s"):

@@ -105,7 +105,7 @@ def _view(env: Env, config: ClusterConfig, layout: Layout, as_json: bool) -> Vie
     if sys.stdout.isatty():
         from cli.live import LiveView
 
-        return LiveView(env, config, layout, head)
+        return LiveView(env, config, head)
     from cli.plain import PlainView
 
     return PlainView(config, head)
