@@ -245,9 +245,7 @@ class Supervisor:
     async def _wait_ready(self) -> None:
         """Raises NotReadyInTime; not where nodes mend their logs, which may take long and needs all of them alive."""
         if not await self._is_ready_in_time():
-            self.notice = await self._what_mends()
-            if not self.notice:
-                raise NotReadyInTime(await self._what_is_missing())
+            self.notice = await self._why_not_ready()
         assert self._identity is not None
         self._identity = self._identity.formatted()
         self._unformatted = frozenset()
@@ -281,43 +279,27 @@ class Supervisor:
         ]
         return work, len(self._leaderless())
 
-    async def _what_mends(self) -> str:
-        """Where all that is missing are leaders of raft groups whose nodes mend their logs: what these wait for."""
-        if not all(slot.ready.is_set() for slot in self._slots.values()):
-            return ""
-        texts = []
-        for view in await self._views_of(self._leaderless()):
-            said = [node.said for node in view.answering if node.said is not None]
-            mending = [each for each in said if each["state"] in MENDING]
-            if not mending:
-                return ""
-            nodes = ", ".join(f"{each['node_id']} is {each['state']}: {each['waits_for']}" for each in mending)
-            texts.append(f"{view.name} has no leader yet ({nodes})")
-        return "; ".join(texts)
+    async def _why_not_ready(self) -> str:
+        """Where all that is missing are leaders of raft groups whose nodes mend their logs: what these wait for.
 
-    def _leaderless(self) -> list[str]:
-        return [name for name, leadership in self._leaderships.items() if not leadership.known.is_set()]
-
-    async def _what_is_missing(self) -> str:
+        Else raises NotReadyInTime with what is missing.
+        """
         late = [slot.node.name for slot in self._slots.values() if not slot.ready.is_set()]
         if late:
             names = ", ".join(late)
-            return f"{names} not ready, and no progress seen for {READY_WITHIN_S:.0f} s\n{self._log_tail(late[0])}"
+            raise NotReadyInTime(
+                f"{names} not ready, and no progress seen for {READY_WITHIN_S:.0f} s\n{self._log_tail(late[0])}"
+            )
         leaderless = self._leaderless()
-        return "\n".join(
-            [
-                f"no leader of {', '.join(leaderless)} within {READY_WITHIN_S:.0f} s; logs are in {self.layout.logs}",
-                *await self._troubles_of(leaderless),
-            ]
-        )
+        views = await self._views_of(leaderless)
+        mending = [_what_mends(view) for view in views]
+        if all(mending):
+            return "; ".join(mending)
+        text = f"no leader of {', '.join(leaderless)} within {READY_WITHIN_S:.0f} s; logs are in {self.layout.logs}"
+        raise NotReadyInTime("\n".join([text, *_troubles_of(views)]))
 
-    async def _troubles_of(self, groups: Sequence[str]) -> list[str]:
-        """What the doctor has to say about raft groups without leader."""
-        from cluster.doctor import check_group
-
-        views = await self._views_of(groups)
-        found = [finding for view in views for finding in check_group(view, None) if finding.level != "ok"]
-        return [f"  {finding.about}: {finding.text}" for finding in found]
+    def _leaderless(self) -> list[str]:
+        return [name for name, leadership in self._leaderships.items() if not leadership.known.is_set()]
 
     async def _views_of(self, groups: Sequence[str]) -> list[GroupView]:
         """What the nodes of raft groups say."""
@@ -588,6 +570,24 @@ class Supervisor:
                 text = self._env.files.read_bytes(path)[start:][-LOG_TAIL_BYTES:].decode(errors="replace")
                 lines = text.splitlines()[-LOG_TAIL_LINES:]
         return "\n".join([*(f"  {line}" for line in lines), f"  its log: {self.layout.log(name)}"])
+
+
+def _what_mends(view: GroupView) -> str:
+    """Which nodes of a raft group without leader mend their logs, and what they wait for; "" where none does."""
+    said = [node.said for node in view.answering if node.said is not None]
+    mending = [each for each in said if each["state"] in MENDING]
+    if not mending:
+        return ""
+    nodes = ", ".join(f"{each['node_id']} is {each['state']}: {each['waits_for']}" for each in mending)
+    return f"{view.name} has no leader yet ({nodes})"
+
+
+def _troubles_of(views: Sequence[GroupView]) -> list[str]:
+    """What the doctor has to say about raft groups without leader."""
+    from cluster.doctor import check_group
+
+    found = [finding for view in views for finding in check_group(view, None) if finding.level != "ok"]
+    return [f"  {finding.about}: {finding.text}" for finding in found]
 
 
 def _taken(node: Node, address: Address, error: OSError) -> str:

@@ -200,11 +200,7 @@ async def test_nodes_that_mend_their_logs_are_left_to_it(
         ]
 
     monkeypatch.setattr(Supervisor, "_views_of", views)
-
-    async def troubles(self: Supervisor, groups: list[str]) -> list[str]:
-        return []
-
-    monkeypatch.setattr(Supervisor, "_troubles_of", troubles)
+    monkeypatch.setattr("cluster.supervisor._troubles_of", lambda views: [])
     (tmp_path / "leader").write_text("")
     events: list[Event] = []
     supervisor = Supervisor(env, await free_config(env), Layout(str(tmp_path)), on_event=events.append, command=FAKE)
