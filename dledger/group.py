@@ -315,8 +315,6 @@ class RaftGroup:
         """
         driver = self._leading()
         members = driver.roster.members
-        if driver.peers.oldest_version < 2:
-            raise LedgerError("a member still runs a version that does not know changes of members; upgrade it first")
         match change:
             case AddLearner(node, address):
                 await self._check_address(driver, node, address, is_needed=False)
