@@ -23,6 +23,7 @@ REFRESH_S = 0.25
 ASK_WITHIN_S = 0.2
 RATE_OVER_S = 2.0
 EVENTS_SHOWN = 6
+ROOMY_COLUMNS = 90
 
 
 @define
@@ -88,9 +89,10 @@ class LiveView:
 
     def _draw(self, statuses: Sequence[NodeStatus]) -> RenderableType:
         now = self._env.clock.monotonic()
+        gap = 2 if self._console.width >= ROOMY_COLUMNS else 1
         parts: list[RenderableType] = []
         for group in self._config.groups:
-            table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+            table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold")
             table.add_column(group.name)
             table.add_column("role")
             for heading in ("term", "uncommitted", "committed", "applied", "lag", "in/s", "out/s"):
