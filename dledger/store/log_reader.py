@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import trio
 
@@ -188,7 +188,8 @@ class LogReader:
             data, _ = read_around(
                 segment.rows, (stop + 1 - index) * ROW_BYTES, (index - segment.first_index) * ROW_BYTES
             )
-            marked = marked_rows(data, index) if len(data) == (stop + 1 - index) * ROW_BYTES else None
+            is_whole = len(data) == (stop + 1 - index) * ROW_BYTES and _agree(data, index, segment.known)
+            marked = marked_rows(data, index) if is_whole else None
             for each in range(index, stop + 1) if marked is None else marked:
                 entry = self.entries(each, 1)[0]
                 if entry.type == EntryType.CONFIG:
@@ -359,3 +360,12 @@ class LogReader:
         except OSError:
             return error  # then the recovery finds no more than the next read does
         return error
+
+
+def _agree(rows: bytes, first_index: int, known: Mapping[int, bytes] | None) -> bool:
+    """Whether side rows, of entries from `first_index` on, are the log's: those of intact entries show it."""
+    for index, row in (known or {}).items():
+        start = (index - first_index) * ROW_BYTES
+        if 0 <= start < len(rows) and rows[start : start + ROW_BYTES] != row:
+            return False
+    return True

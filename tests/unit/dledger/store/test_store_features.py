@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import trio
 from attrs import evolve
 
-from dledger.core.types import EntryType
+from dledger.core.types import Entry, EntryType
 from dledger.errors import LogDamaged, StoreFailed
 from dledger.store.base import BaseRecord
 from dledger.store.checkpoint import _HEADER_1 as HEADER_1
@@ -28,7 +29,7 @@ from dledger.store.checkpoint import (
     write_checkpoint,
 )
 from dledger.store.failure import has_failed
-from dledger.store.faults import EntryDamaged, read_suspects
+from dledger.store.faults import EntryDamaged, add_suspects, read_suspects
 from dledger.store.log_store import LogStore, format_folder
 from dledger.store.manifest import Manifest, SegmentInfo
 from dledger.store.meta import META_MAGIC, SLOT_BYTES, SLOT_DISTANCE, Meta, MetaFile, boot_tag, identity_of, pack_slot
@@ -210,6 +211,31 @@ async def test_config_entries_are_found_without_a_walk(tmp_path: Path) -> None:
     content[40:-40] = bytes(len(content) - 80)  # lost rows: the frames tell
     rows.write_bytes(content)
     assert (await reopened(tmp_path)).config_entries(0) == wanted[:2]
+
+
+async def test_config_entries_beside_damage_are_found_although_the_side_rows_are_another_logs(tmp_path: Path) -> None:
+    def entries(salt: bytes, config: int | None) -> list[Entry]:
+        framer = Framer()
+        kinds = [EntryType.CONFIG if number == config else EntryType.DATA for number in range(70)]
+        return [framer.next(b"%d" % n * 150 if n < 30 else salt * 300, type=kind) for n, kind in enumerate(kinds)]
+
+    ours = entries(b"a", 34)
+    await write_log(tmp_path / "ours", ours)
+    await write_log(tmp_path / "other", entries(b"b", None))
+    name = segment_name(ours[34].position // SEGMENT * SEGMENT)
+    shutil.copy(tmp_path / "other" / "rows" / name, tmp_path / "ours" / "rows" / name)
+    damage(tmp_path / "ours", ours[40].position + 70)
+    store, recovered = await opened(test_env(tmp_path), tmp_path / "ours")
+    assert [(fault.first_index, fault.last_index) for fault in recovered.faults] == [(41, 41)]
+    with pytest.raises(EntryDamaged):  # which may be one as well
+        store.config_entries(0)
+    store.abandon()
+    await write_log(tmp_path / "again", ours)
+    damage(tmp_path / "again", ours[40].position + 70)
+    add_suspects(RealFiles(), str(tmp_path / "again"), [int(name)])
+    store, recovered = await opened(test_env(tmp_path), tmp_path / "again")
+    assert recovered.faults and [index for index, _ in store.config_entries(0)] == [35], "its own row tells what it was"
+    store.abandon()
 
 
 async def test_manifest_and_chunks_make_the_same_log_elsewhere(tmp_path: Path) -> None:
