@@ -674,7 +674,7 @@ async def test_figures_of_a_group_under_load(tmp_path: Path) -> None:
         follower = others(toy, leader)[0]
         await follower.kill()
         await toy.put(b"more")
-        await trio.sleep(0.3)
+        await wait_until(lambda: leader.running.statistics().lag_seconds[follower.node_id] > 0.0, what="a lag")
         await toy.put(b"and more")
         lag = leader.running.statistics().lag_seconds[follower.node_id]
         assert 0.0 < lag < 5.0

@@ -172,6 +172,37 @@ async def all_but_one_killed(toy: ToyCluster, segments: int = 6) -> list[Node]:
     return [lone, *rest]
 
 
+async def decided(toy: ToyCluster, *nodes: Node) -> None:
+    """Have nodes look at what is to go, and wait until they have, and until what came of it is applied."""
+    for node in nodes:
+        kept, is_done = driver_of(node).retention, trio.Event()
+        decide = kept._decide
+
+        async def noted(decide: Any = decide, is_done: trio.Event = is_done) -> None:
+            await decide()
+            is_done.set()
+
+        kept._decide = noted  # type: ignore[method-assign]
+        kept.ask()
+        await is_done.wait()
+        kept._decide = decide  # type: ignore[method-assign]
+    for _ in range(2):  # in one turn a TRIM is logged behind what clients proposed
+        await toy.put(b"behind it")
+
+
+async def tried(node: Node, position: int | None) -> None:
+    """Wait until the node has tried to remove segments twice, while a peer needs those from `position` on."""
+    tries = 0
+
+    def leased() -> int | None:
+        nonlocal tries
+        tries += 1
+        return position
+
+    driver_of(node).retention._leased = leased
+    await wait_until(lambda: tries == 2, what="two tries")
+
+
 def one_disk(monkeypatch: pytest.MonkeyPatch, free: list[int], total: int) -> None:
     """All nodes share it; `free[0]` bytes of it are free."""
     monkeypatch.setattr(RealFiles, "free_space", lambda self, path: (free[0], total))
@@ -291,8 +322,7 @@ async def test_a_disk_that_fills_up_forces_a_trim_and_counts_what_it_lost(
         leader = await toy.leader()
         for node in toy.alive():
             node.machine.floor = SEGMENT
-        driver_of(leader).delete_expired()
-        await trio.sleep(0.1)
+        await decided(toy, leader)
         assert not leader.machine.trims, "nothing is old, and there is room"
         free[0] = 13 * SEGMENT
         driver_of(leader).delete_expired()
@@ -300,8 +330,7 @@ async def test_a_disk_that_fills_up_forces_a_trim_and_counts_what_it_lost(
         assert leader.machine.trims == [2 * SEGMENT], "as much as brings the disk back below 85 %"
         for node in toy.alive():
             assert node.running.statistics().counters["lost_to_trim"] == SEGMENT, node.node_id
-        driver_of(leader).delete_expired()
-        await trio.sleep(0.1)
+        await decided(toy, leader)
         assert leader.machine.trims == [2 * SEGMENT], "it waits for the removal, and does not ask for more meanwhile"
 
 
@@ -363,7 +392,7 @@ async def test_nothing_is_trimmed_while_a_member_runs_an_older_version(
         driver = driver_of(leader)
         last_index = driver.store.last_index
         driver.trim_to(SEGMENT)
-        await trio.sleep(0.1)
+        await wait_until(lambda: not driver.leadership._own.asked, what="the turn that would log it")
         assert driver.store.last_index == last_index and not leader.machine.trims
 
 
@@ -372,15 +401,14 @@ async def test_segments_that_a_peer_fetches_stay(tmp_path: Path) -> None:
         await fill(toy, 5)
         node = toy.nodes["n0"]
         driver = driver_of(node)
-        leased: list[int | None] = [SEGMENT]
-        driver.retention._leased = lambda: leased[0]
+        driver.retention._leased = lambda: SEGMENT
         driver.trim_to(3 * SEGMENT)
         await wait_until(lambda: node.machine.trims, what="the trim")
         save_checkpoints(toy)
         await wait_for_removal(toy, SEGMENT)
-        await trio.sleep(0.1)
+        await tried(node, SEGMENT)
         assert node.running.first_position == SEGMENT
-        leased[0] = None
+        driver.retention._leased = lambda: None
         await wait_for_removal(toy, 3 * SEGMENT)
 
 
@@ -436,8 +464,7 @@ async def test_nothing_is_removed_on_the_word_of_an_entry_that_a_power_loss_may_
         driver.trim_to(SEGMENT)
         await wait_until(lambda: node.machine.trims == [SEGMENT], what="the trim")
         save_checkpoints(toy)
-        for _ in range(5):
-            await trio.sleep(retention.REMOVE_SECONDS)
+        await tried(node, None)
         assert node.running.first_position == 0
         await driver.store.sync()
         await wait_until(lambda: node.running.first_position == SEGMENT, what="segments to go")
@@ -566,12 +593,12 @@ async def test_a_follower_whose_disk_fills_up_brings_about_a_trim(
         await fill(toy, 6, toy.env.clock.wall_ms())
         leader = await toy.leader()
         small = next(node for node in toy.alive() if node is not leader)
-        await trio.sleep(0.2)
+        await decided(toy, small, leader)
         assert not leader.machine.trims
         free[small.node_id] = 13 * SEGMENT
         await wait_until(lambda: all(node.machine.trims for node in toy.alive()), what="the trim")
         assert leader.machine.trims == [2 * SEGMENT], "as much as that disk needs"
-        await trio.sleep(0.3)
+        await decided(toy, small, small, leader)
         assert leader.machine.trims == [2 * SEGMENT], "and no more while it has yet to remove it"
         assert driver_of(small).retention.counters["trimmed_alone"] == 0
 
