@@ -365,12 +365,12 @@ class AdminProcessor:
         except RefusedChange as error:
             return self._refuse(request, error.code, str(error))
         if changed:
+            broker.settings_changed()
             try:
                 broker.save_overrides()
             except OSError as error:
                 remark = f"changed until the next start only: it cannot be written down: {error}"
                 return self._refuse(request, ResponseCode.SYSTEM_ERROR, remark)
-            broker.settings_changed()
             broker.log.info("settings changed", **{key: wanted[key] for key in sorted(wanted)[:32]})
         return encode_response(request, ResponseCode.SUCCESS)
 

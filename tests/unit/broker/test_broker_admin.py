@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -277,6 +279,14 @@ async def test_an_order_topic_takes_nothing_while_the_broker_is_read_only(rig: P
     for permission, code in ((6, 0), (6, 0), (4, ResponseCode.NO_PERMISSION), (6, 0)):
         assert rig.ask(RequestCode.UPDATE_BROKER_CONFIG, {}, b"brokerPermission=%d" % permission).code == 0
         assert rig.send("Ordered", b"x").code == code
+
+
+async def test_a_setting_that_cannot_be_kept_holds_until_the_next_start(rig: ProcessorRig, tmp_path: Path) -> None:
+    with mock.patch.object(type(rig.broker.env.files), "write_atomic", side_effect=OSError(errno.ENOSPC, "full")):
+        answer = rig.ask(RequestCode.UPDATE_BROKER_CONFIG, {}, b"brokerPermission=4")
+    assert (answer.code, "until the next start only" in str(answer.remark)) == (ResponseCode.SYSTEM_ERROR, True)
+    assert rig.broker.settings.broker_permission == rig.state.broker_permission == 4
+    assert ProcessorRig(tmp_path).state.broker_permission == 6
 
 
 @pytest.mark.parametrize(
