@@ -193,9 +193,10 @@ class Segment:
         """Overwrite [start, end), offsets within the file, without a sync. Blocks; for threads and start-up.
 
         From the back to the front: should the machine die in between, what is left is a clean prefix and a torn tail.
+        Page by page, as a kill may end a longer write when only the front of it is done.
         """
         while end > start:
-            step = min(_CHUNK, end - start)
+            step = min(end % _PAGE or _PAGE, end - start)
             self.file.pwrite(_ZEROS[:step], end - step)
             end -= step
 

@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager, nullcontext
 from runtime.files import replace_atomically
 from runtime.model import Buffer
 
+PAGE = 4096
+
 
 class PowerLoss(Exception):
     """From here on nothing more happens."""
@@ -48,11 +50,15 @@ class CrashFile:
         return self.pread(nbytes, offset)
 
     def pwrite(self, data: Buffer, offset: int) -> None:
-        self._files.operation(f"pwrite {self._path} {offset}")
-        content = self.inode.cached
-        if len(content) < offset + len(data):
-            content.extend(bytes(offset + len(data) - len(content)))
-        content[offset : offset + len(data)] = data
+        """Page by page, from the front: that is how a kill may end it."""
+        content, rest = self.inode.cached, memoryview(data)
+        while rest:
+            part = rest[: PAGE - offset % PAGE]
+            self._files.operation(f"pwrite {self._path} {offset}")
+            if len(content) < offset + len(part):
+                content.extend(bytes(offset + len(part) - len(content)))
+            content[offset : offset + len(part)] = part
+            rest, offset = rest[len(part) :], offset + len(part)
 
     def pwritev(self, parts: Sequence[Buffer], offset: int) -> None:
         self.pwrite(b"".join(parts), offset)

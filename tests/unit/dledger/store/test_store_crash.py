@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 from zlib import crc32
 
@@ -15,6 +15,7 @@ from dledger.core.types import Entry
 from dledger.store.checkpoint import Checkpoint, pack_checkpoint, read_checkpoint, write_checkpoint
 from dledger.store.log_store import LogStore, format_folder
 from dledger.store.meta import MetaFile
+from dledger.store.options import StoreOptions
 from dledger.store.recovery import RecoveredLog
 from dledger.store.repair import drop_open_fault, write_repair
 from dledger.store.segments import segment_name
@@ -61,12 +62,13 @@ async def at_every_operation(
     before: CrashFiles,
     action: Callable[[CrashFiles], Awaitable[None]],
     check: Callable[[CrashFiles, bool], Awaitable[None]],
+    losses: Sequence[random.Random | bool] = LOSSES,
 ) -> None:
     """Perform `action` once for each of its operations, losing power there, and `check` what a restart finds."""
     count = 0
     while True:
         is_done = False
-        for loss in LOSSES:
+        for loss in losses:
             files = copy.deepcopy(before)
             files.operations_left = count
             try:
@@ -138,6 +140,25 @@ async def test_scenario_11_cut(from_index: int) -> None:
             assert found == ENTRIES[: len(found)] and len(found) >= from_index - 1
 
     await at_every_operation(before, cut, check)
+
+
+@pytest.mark.parametrize("from_index", [3, 15, 55])
+async def test_scenario_11_a_cut_that_a_kill_ends_leaves_no_damage(from_index: int) -> None:
+    """The page cache keeps what was written: at no moment may an intact frame lie behind what is zeros already."""
+    before = await built(ENTRIES)
+
+    async def cut(files: CrashFiles) -> None:
+        store, _ = await opened(files)
+        await store.cut(from_index)
+
+    async def check(files: CrashFiles, is_done: bool) -> None:
+        meta = MetaFile.open(files, FOLDER, IDENTITY)
+        options = StoreOptions(is_cache_kept=True)
+        store, recovered = await LogStore.open(env_of(files), FOLDER, SEGMENT, meta, options)
+        assert not recovered.faults and read_all(store) == ENTRIES[: store.last_index]
+        assert store.last_index == from_index - 1 if is_done else store.last_index >= from_index - 1
+
+    await at_every_operation(before, cut, check, [True])
 
 
 async def test_scenario_10_repair() -> None:
