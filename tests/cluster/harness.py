@@ -17,6 +17,7 @@ from typing import Any
 
 from attrs import define, field
 
+from cluster.config import default_text
 from runtime.real import FAULTS_VARIABLE
 
 QUORATE = (sys.executable, "-P", "-m", "cli")
@@ -48,6 +49,14 @@ def quorate(
     if check and ran.returncode != 0:
         raise AssertionError(f"quorate {' '.join(arguments)} ended with {ran.returncode}: {ran.stdout}{ran.stderr}")
     return ran
+
+
+def config_with(*, flush: str = "async", **settings: int) -> str:
+    """The configuration as shipped, with other settings of its group."""
+    text, shipped = default_text(), 'flush = "async"'
+    assert text.count(shipped) == 1
+    lines = [f'flush = "{flush}"', *(f"{name} = {json.dumps(value)}" for name, value in settings.items())]
+    return text.replace(shipped, "\n".join(lines))
 
 
 def free_port_base() -> int:
@@ -166,18 +175,35 @@ class Cluster:
         assert pid is not None, f"{name} does not run"
         os.kill(pid, number)
 
-    def kill_all_brokers_at_once(self) -> None:
-        for pid in [self.pid(name) for name in self.brokers()]:
-            assert pid is not None
-            os.kill(pid, signal.SIGKILL)
+    def stop(self, name: str) -> None:
+        """Kill a node of a cluster that restarts none, and see it gone."""
+        self.kill(name)
+        self.wait_down(name)
 
-    def cut_power_of_all_brokers(self) -> dict[str, int | None]:
+    def wait_down(self, *names: str, within_s: float = 30.0) -> None:
+        """Until none of these nodes runs."""
+        wait_for(lambda: not any(map(self.pid, names)), within_s, f"{', '.join(names)} down")
+
+    def restart(self, name: str) -> None:
+        """`quorate restart`; returns when the node is ready."""
+        self.verb("restart", name)
+
+    def kill_all_brokers_at_once(self) -> dict[str, int]:
+        """Returns the pids that died."""
+        pids: dict[str, int] = {}
+        for name in self.brokers():
+            pid = self.pid(name)
+            assert pid is not None, f"{name} does not run"
+            pids[name] = pid
+        for pid in pids.values():
+            os.kill(pid, signal.SIGKILL)
+        return pids
+
+    def cut_power_of_all_brokers(self) -> dict[str, int]:
         """As when all machines lose power in one moment and start again: unsynced bytes are gone, and the boot id is
         another one. Only on disks that lose what is unsynced. Returns the pids that died."""
-        pids = {name: self.pid(name) for name in self.brokers()}
         self.disks.boot_anew()
-        self.kill_all_brokers_at_once()
-        return pids
+        return self.kill_all_brokers_at_once()
 
     def leader(self, within_s: float = 30.0, *, other_than: str | None = None) -> str:
         """The broker that says it leads, and serves."""
@@ -197,15 +223,23 @@ class Cluster:
             f"{name} is back",
         )
 
+    def wait_all_restarted(self, than_pids: Mapping[str, int | None]) -> None:
+        """Until each of these nodes runs in another process than before, and is ready."""
+        for name, pid in than_pids.items():
+            self.wait_restarted(name, pid)
+
     def status(self) -> dict[str, dict[str, Any]]:
         ran = quorate("status", "--data", str(self.data), "--json", check=False)
         return {one["name"]: one for one in json.loads(ran.stdout)}
 
+    def segments(self, name: str) -> list[Path]:
+        """The files of the node's log, in order."""
+        return sorted((self.data / name / "raft" / "log").glob("[0-9]" * SEGMENT_NAME_DIGITS))
+
     def log_bytes(self, name: str, start: int, end: int) -> bytes:
         """The node's log from position `start` to `end`, read from its segment files."""
-        folder = self.data / name / "raft" / "log"
         found = bytearray()
-        for path in sorted(folder.glob("[0-9]" * SEGMENT_NAME_DIGITS)):
+        for path in self.segments(name):
             base, size = int(path.name), path.stat().st_size
             if base < end and base + size > start:
                 with path.open("rb") as file:

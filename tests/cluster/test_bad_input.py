@@ -17,7 +17,7 @@ from cluster.config import default_text
 from remoting.codes import RequestCode, ResponseCode
 from remoting.command import Command, encode_request
 from remoting.frames import FrameReader, decode_frame
-from tests.cluster.harness import Cluster, cluster, wait_for
+from tests.cluster.harness import Cluster, cluster, config_with, wait_for
 from tests.cluster.harness import quorate as run_quorate
 from tests.cluster.workload import Promises, check_stored, read_all
 
@@ -31,7 +31,6 @@ BODY_BYTES_MAX = 4 << 20
 @pytest.fixture(scope="module")
 def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, Promises]]:
     """A cluster without automatic topics and with ten acknowledged messages. At the end they are all there, alone."""
-    text = default_text().replace('flush = "async"', 'flush = "async"\nauto_create_topic = false')
     promises = Promises()
 
     async def fill(running: Cluster) -> None:
@@ -44,7 +43,8 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, 
         async with quorate.connect(running.namesrv) as client:
             check_stored(await read_all(client, TOPIC), promises)
 
-    with cluster(tmp_path_factory.mktemp("strict") / "data", config=text) as running:
+    config = config_with(auto_create_topic=False)
+    with cluster(tmp_path_factory.mktemp("strict") / "data", config=config) as running:
         trio.run(fill, running)
         before = {name: node["process"] for name, node in running.processes().items()}
         yield running, promises
@@ -95,12 +95,7 @@ def send_header(topic: str, queue_id: int = 0) -> dict[str, object]:
 
 
 def leader_address(running: Cluster) -> tuple[str, int]:
-    name = wait_for(
-        lambda: next((name for name, one in running.status().items() if one.get("role") == "leader"), None),
-        60,
-        "leader",
-    )
-    return running.address(name)
+    return running.address(running.leader(60))
 
 
 @pytest.mark.parametrize("node", ["n0", "n1", "n2", "ns0"])

@@ -9,14 +9,13 @@ import pytest
 import trio
 
 import quorate
-from cluster.config import default_text
 from quorate import QuorateError
 from remoting.codes import RequestCode
 from remoting.message import parse_offset_msg_id
 from remoting.message_codec import decode_stored
 from runtime.model import Env
 from runtime.real import real_env
-from tests.cluster.harness import BROKERS, STATUS_EVERY_S, Cluster, cluster, wait_for
+from tests.cluster.harness import BROKERS, STATUS_EVERY_S, Cluster, cluster, config_with, wait_for
 from tests.cluster.harness import quorate as run_quorate
 from tests.cluster.workload import same_logs
 
@@ -24,6 +23,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 TOPIC = "ledger"
 SEGMENT_BYTES = 5 << 20
+SMALL_SEGMENTS = config_with(segment_bytes=SEGMENT_BYTES)
 BODY_BYTES = 60_000
 PER_SEGMENT = SEGMENT_BYTES // BODY_BYTES
 MENDED_WITHIN_S = 90.0
@@ -45,19 +45,6 @@ async def fill(client: quorate.Client, stored: Stored, count: int) -> None:
     async with trio.open_nursery() as nursery:
         for first in range(4):
             nursery.start_soon(send, range(start + first, start + count, 4))
-
-
-def segments(running: Cluster, name: str) -> list[Path]:
-    return sorted((running.data / name / "raft" / "log").glob("[0-9]" * 20))
-
-
-async def stop(env: Env, running: Cluster, name: str) -> None:
-    running.kill(name)
-    await env.run_in_thread(wait_for, lambda: running.pid(name) is None, 30, f"{name} is down")
-
-
-async def start(env: Env, running: Cluster, name: str) -> None:
-    await env.run_in_thread(run_quorate, "restart", name, "--data", str(running.data))
 
 
 async def view(
@@ -109,16 +96,15 @@ def damages_told(running: Cluster, name: str) -> int:
 async def test_flipped_truncated_and_older_segments(tmp_path: Path) -> None:
     env = real_env()
     stored: Stored = {}
-    text = default_text().replace('flush = "async"', f'flush = "async"\nsegment_bytes = {SEGMENT_BYTES}', 1)
-    with cluster(tmp_path / "data", "--no-restart", config=text) as running:
+    with cluster(tmp_path / "data", "--no-restart", config=SMALL_SEGMENTS) as running:
         async with quorate.connect(running.namesrv) as client:
             await client.admin.create_topic(TOPIC, queues=4)
             await fill(client, stored, PER_SEGMENT // 2)
             older = tmp_path / "older"
             victim = BROKERS[2]
-            await stop(env, running, victim)
-            shutil.copyfile(segments(running, victim)[0], older)
-            await start(env, running, victim)
+            await env.run_in_thread(running.stop, victim)
+            shutil.copyfile(running.segments(victim)[0], older)
+            await env.run_in_thread(running.restart, victim)
             await fill(client, stored, 3 * PER_SEGMENT)
             await same_logs(env, running)
 
@@ -126,7 +112,7 @@ async def test_flipped_truncated_and_older_segments(tmp_path: Path) -> None:
                 """The damaged one is a follower; a leader that finds damage hands over, and is mended as a follower."""
                 leader = await env.run_in_thread(running.leader)
                 if leader == victim:
-                    await env.run_in_thread(run_quorate, "restart", victim, "--data", str(running.data))
+                    await env.run_in_thread(running.restart, victim)
 
             def inside(path: Path, share: float) -> int:
                 """A message that lies at that share of a segment."""
@@ -135,8 +121,8 @@ async def test_flipped_truncated_and_older_segments(tmp_path: Path) -> None:
 
             for kind in ("flipped bit", "truncated", "older copy"):
                 await leader_aside()
-                await stop(env, running, victim)
-                path = segments(running, victim)[0 if kind == "older copy" else 1]
+                await env.run_in_thread(running.stop, victim)
+                path = running.segments(victim)[0 if kind == "older copy" else 1]
                 if kind == "flipped bit":
                     watched = inside(path, 0.4)
                     flip_bit(path, watched - int(path.name) + 1000)
@@ -149,7 +135,7 @@ async def test_flipped_truncated_and_older_segments(tmp_path: Path) -> None:
                     shutil.copyfile(older, path)
                 told = damages_told(running, victim)
                 print(f"{kind}: {victim}, segment {path.name}, watching {watched}")
-                await start(env, running, victim)
+                await env.run_in_thread(running.restart, victim)
                 await mended(env, client, running, victim, stored, watched)
                 assert damages_told(running, victim) > told
                 assert path.stat().st_size == SEGMENT_BYTES
@@ -160,8 +146,7 @@ async def test_what_no_broker_has_any_more_is_given_up_by_the_operators_word(tmp
     """All three lose the same message. They wait for each other, alive and answering, until they are told to go on."""
     env = real_env()
     stored: Stored = {}
-    text = default_text().replace('flush = "async"', f'flush = "async"\nsegment_bytes = {SEGMENT_BYTES}', 1)
-    with cluster(tmp_path / "data", "--no-restart", config=text) as running:
+    with cluster(tmp_path / "data", "--no-restart", config=SMALL_SEGMENTS) as running:
         async with quorate.connect(running.namesrv) as client:
             await client.admin.create_topic(TOPIC, queues=4)
             await fill(client, stored, PER_SEGMENT // 2)
@@ -178,15 +163,16 @@ async def test_what_no_broker_has_any_more_is_given_up_by_the_operators_word(tmp
             await env.run_in_thread(wait_for, are_synced, 30, "all to be on stable storage", STATUS_EVERY_S)
             lost = sorted(stored)[len(stored) // 2]
             running.kill_all_brokers_at_once()
-            await env.run_in_thread(wait_for, lambda: not any(map(running.pid, BROKERS)), 30, "all brokers are down")
+            await env.run_in_thread(running.wait_down, *BROKERS)
             for name in BROKERS:
-                flip_bit(segments(running, name)[0], lost + 1000)
+                flip_bit(running.segments(name)[0], lost + 1000)
             for name in BROKERS:
-                await start(env, running, name)
+                await env.run_in_thread(running.restart, name)
             pids = {name: running.pid(name) for name in BROKERS}
 
             def states() -> list[str]:
-                return [str(running.status()[name]["log_state"]) for name in BROKERS]
+                status = running.status()
+                return [str(status[name]["log_state"]) for name in BROKERS]
 
             await env.run_in_thread(
                 wait_for, lambda: states() == ["repairing"] * 3, MENDED_WITHIN_S, "all to repair", STATUS_EVERY_S

@@ -5,25 +5,24 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import trio
-from attrs import define, field
+from attrs import frozen
 
 import quorate
-from cluster.config import default_text
+from dledger.store.format import CHECKPOINT_FILE
+from remoting.codes import RequestCode
 from runtime.model import Env
 from runtime.real import real_env
-from tests.cluster.harness import BROKERS, STATUS_EVERY_S, Cluster, cluster, wait_for
+from tests.cluster.harness import BROKERS, STATUS_EVERY_S, Cluster, cluster, config_with, wait_for
 from tests.cluster.harness import quorate as quorate_verb
-from tests.cluster.workload import Promises, check_stored, produce_numbers, read_all, same_logs
+from tests.cluster.workload import Promises, TimedPromises, check_stored, producing, read_all, same_logs
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 TOPIC = "ledger"
-PRODUCERS = 4
 SEGMENT_BYTES = 5 << 20
 PADDING = 4000
 NEW_LEADER_WITHIN_S = 9.0
@@ -34,7 +33,8 @@ SLOW_WRITE_MS = 80
 RELIEVED_WITHIN_S = 60.0
 SILENT_S = 4.0
 """So long without an acknowledgement: what was allocated is used up."""
-WITHOUT_ROOM_S = 15.0
+WITHOUT_ROOM_S = 5.0
+"""Some flushes of the queues, one a second, and the try of a checkpoint."""
 SMALL_DISK_BYTES = 100 << 20
 LARGE_DISK_BYTES = 10 << 30
 PARTS = {
@@ -45,58 +45,29 @@ PARTS = {
 
 
 def config(flush: str) -> str:
-    return default_text().replace('flush = "async"', f'flush = "{flush}"\nsegment_bytes = {SEGMENT_BYTES}', 1)
+    return config_with(flush=flush, segment_bytes=SEGMENT_BYTES)
 
 
-@define
+@frozen
 class Load:
-    """Producers, and when they were answered."""
+    """A client, and what its producers were told and when."""
 
     client: quorate.Client
-    promises: Promises = field(factory=Promises)
-    moments: list[float] = field(factory=list)
-
-    def longest_gap(self, start: float, end: float) -> float:
-        moments = [start, *(at for at in self.moments if start < at < end), end]
-        return max(after - before for before, after in pairwise(moments))
-
-    async def wait_more(self, count: int, within_s: float = 60.0) -> None:
-        wanted = len(self.moments) + count
-        with trio.fail_after(within_s):
-            while len(self.moments) < wanted:  # noqa: ASYNC110 - whatever the producers come to
-                await trio.sleep(0.01)
-
-
-class _Timed(Promises):
-    def __init__(self, env: Env, load: Load) -> None:
-        super().__init__(load.promises.acknowledged, load.promises.unknown, load.promises.failures)
-        self._clock, self._moments = env.clock, load.moments
-
-    def note(self, body: str, receipt: quorate.SendReceipt) -> None:
-        super().note(body, receipt)
-        self._moments.append(self._clock.monotonic())
+    promises: TimedPromises
 
 
 @asynccontextmanager
 async def under_load(env: Env, running: Cluster) -> AsyncIterator[Load]:
     """Producers for the length of the block; afterwards everything acknowledged is there, and all logs are the same."""
-    stop = trio.Event()
+    promises = TimedPromises(clock=env.clock)
     async with quorate.connect(running.namesrv) as client:
-        load = Load(client)
         await client.admin.create_topic(TOPIC, queues=4)
-        async with trio.open_nursery() as nursery:
-            for number in range(PRODUCERS):
-                nursery.start_soon(_produce, env, load, number, stop)
-            await load.wait_more(100)
-            yield load
-            stop.set()
-        check_stored(await read_all(client, TOPIC), load.promises)
+        async with producing(client, TOPIC, promises, padding=PADDING):
+            await promises.wait_more(100)
+            yield Load(client, promises)
+        check_stored(await read_all(client, TOPIC), promises)
         await same_logs(env, running)
-        print(f"{len(load.promises.acknowledged)} acknowledged, {len(load.promises.unknown)} unknown")
-
-
-async def _produce(env: Env, load: Load, number: int, stop: trio.Event) -> None:
-    await produce_numbers(load.client, TOPIC, f"p{number}", _Timed(env, load), stop, padding=PADDING)
+        print(f"{len(promises.acknowledged)} acknowledged, {len(promises.unknown)} unknown")
 
 
 async def test_a_full_disk_costs_leadership_until_there_is_room_again(tmp_path: Path) -> None:
@@ -106,16 +77,11 @@ async def test_a_full_disk_costs_leadership_until_there_is_room_again(tmp_path: 
             full = await env.run_in_thread(running.leader)
             pid = running.pid(full)
             running.disks.change(full, free_bytes=0)  # what is allocated may be written: two segments at most
-
-            def another_leads() -> str | None:
-                leader = running.leader()
-                return leader if leader != full else None
-
-            other = await env.run_in_thread(wait_for, another_leads, NOTICED_WITHIN_S, "another leader", STATUS_EVERY_S)
+            other = await env.run_in_thread(partial(running.leader, NOTICED_WITHIN_S, other_than=full))
             print(f"{full} is full, {other} leads")
-            await load.wait_more(300)
+            await load.promises.wait_more(300)
             running.disks.change(full, free_bytes=None)
-            await load.wait_more(100)
+            await load.promises.wait_more(100)
 
             def caught_up() -> bool:
                 one = running.status()[full]
@@ -140,20 +106,13 @@ async def test_a_stalled_disk_of_the_leader_costs_leadership_soon(
             pid = running.pid(stalled)
             started = env.clock.monotonic()
             running.disks.change(stalled, **dict.fromkeys(stalls, True))
-
-            def another_leads() -> str | None:
-                leader = running.leader()
-                return leader if leader != stalled else None
-
-            other = await env.run_in_thread(
-                wait_for, another_leads, NEW_LEADER_WITHIN_S, "another leader", STATUS_EVERY_S
-            )
-            await load.wait_more(100)
-            gap = load.longest_gap(started, env.clock.monotonic())
+            other = await env.run_in_thread(partial(running.leader, NEW_LEADER_WITHIN_S, other_than=stalled))
+            await load.promises.wait_more(100)
+            gap = load.promises.longest_gap(started, env.clock.monotonic())
             print(f"{stalled} stalled, {other} leads, {gap:.2f} s without an acknowledgement")
             assert gap <= NEW_LEADER_WITHIN_S
             running.disks.change(stalled, **dict.fromkeys(stalls))
-            await load.wait_more(100)
+            await load.promises.wait_more(100)
             assert running.pid(stalled) == pid, "it had to be restarted"
 
 
@@ -171,7 +130,7 @@ async def test_a_failed_sync_ends_the_node_and_loses_nothing(tmp_path: Path) -> 
             )
             running.disks.change(broken, sync_fails=None)
             await env.run_in_thread(running.wait_restarted, broken, pid)
-            await load.wait_more(200)
+            await load.promises.wait_more(200)
 
 
 async def test_slow_writes_leave_the_loop_and_the_leader_stays(tmp_path: Path) -> None:
@@ -186,8 +145,8 @@ async def test_slow_writes_leave_the_loop_and_the_leader_stays(tmp_path: Path) -
                 while not (await load.client.admin.raft.describe(f"{host}:{port}"))["is_disk_slow"]:  # noqa: ASYNC110
                     await trio.sleep(0.05)
             started = env.clock.monotonic()
-            await load.wait_more(200)
-            gap = load.longest_gap(started, env.clock.monotonic())
+            await load.promises.wait_more(200)
+            gap = load.promises.longest_gap(started, env.clock.monotonic())
             print(f"{slow} writes slowly; longest time without an acknowledgement {gap:.2f} s")
             running.disks.change(slow, write_delay_ms=None)
             status = running.status()[slow]
@@ -216,13 +175,13 @@ async def test_disks_full_on_most_nodes_stop_sends_until_there_is_room(tmp_path:
                 running.disks.change(name, free_bytes=0)  # what is allocated may be written: two segments at most
             with trio.fail_after(NOTICED_WITHIN_S):
                 seen = -1
-                while seen != len(load.moments):  # until the last room is used up
-                    seen = len(load.moments)
+                while seen != len(load.promises.at):  # until the last room is used up
+                    seen = len(load.promises.at)
                     await trio.sleep(SILENT_S)
             print(f"{full} are full; {seen} were answered")
             for name in full:
                 running.disks.change(name, free_bytes=None)
-            await load.wait_more(100, within_s=RELIEVED_WITHIN_S)
+            await load.promises.wait_more(100, within_s=RELIEVED_WITHIN_S)
             assert {name: running.pid(name) for name in BROKERS} == pids, "somebody had to be restarted"
 
 
@@ -235,14 +194,24 @@ async def test_no_room_beside_the_log_ends_nobody_and_spoils_nothing(tmp_path: P
         async with under_load(env, running) as load:
             leader = await env.run_in_thread(running.leader)
             pids = {name: running.pid(name) for name in BROKERS}
+            checkpoint = running.data / leader / "raft" / CHECKPOINT_FILE
+
+            async def ask_for_checkpoint() -> None:
+                """The tables go into one with the next look at what is to be saved, within a second."""
+                address = "{}:{}".format(*running.address(leader))
+                await load.client.admin.call(address, RequestCode.CLEAN_EXPIRED_CONSUMEQUEUE, timeout=30)
+
             for folder in PARTS[part]:
                 running.disks.change(f"{leader}/{folder}", write_fails="ENOSPC")
-            before = len(load.moments)
-            await trio.sleep(WITHOUT_ROOM_S)  # some flushes of the queues, and tries of a checkpoint
-            assert len(load.moments) > before + 100, "the log has room: sends go on"
+            await ask_for_checkpoint()
+            await trio.sleep(WITHOUT_ROOM_S)
+            await load.promises.wait_more(100)  # the log has room: sends go on
+            assert not checkpoint.exists(), "saved although there is no room"
             for folder in PARTS[part]:
                 running.disks.change(f"{leader}/{folder}", write_fails=None)
-            await load.wait_more(100)
+            await load.promises.wait_more(100)
+            await ask_for_checkpoint()
+            await env.run_in_thread(wait_for, checkpoint.exists, RELIEVED_WITHIN_S, "a checkpoint", STATUS_EVERY_S)
             assert {name: running.pid(name) for name in BROKERS} == pids, "somebody had to be restarted"
         assert load.promises.failures == []
         # What is on that disk now has to be good enough for a start after a crash, and to be served from.
@@ -277,22 +246,15 @@ async def test_the_smallest_disk_decides_what_is_kept(tmp_path: Path) -> None:
         # disk that is full before the TRIM comes cannot take it.
         running.disks.change(small, total_bytes=2 * SMALL_DISK_BYTES, free_bytes=SMALL_DISK_BYTES * 3 // 5)
         promises = Promises()
-        stop = trio.Event()
+
+        def trimmed_everywhere() -> bool:
+            status = running.status()
+            return all(status[name]["state"] == "up" and status[name]["first_position"] > 0 for name in BROKERS)
+
         async with quorate.connect(running.namesrv) as client:
             await client.admin.create_topic(TOPIC, queues=4)
-            async with trio.open_nursery() as nursery:
-                for number in range(PRODUCERS):
-                    name = f"p{number}"
-                    nursery.start_soon(
-                        partial(produce_numbers, client, TOPIC, name, promises, stop, pause_s=0.1, padding=10 * PADDING)
-                    )
-
-                def trimmed_everywhere() -> bool:
-                    brokers = [running.status()[name] for name in BROKERS]
-                    return all(one["state"] == "up" and one["first_position"] > 0 for one in brokers)
-
+            async with producing(client, TOPIC, promises, pause_s=0.1, padding=10 * PADDING):
                 await env.run_in_thread(wait_for, trimmed_everywhere, 150.0, "a trim on all nodes", STATUS_EVERY_S)
-                stop.set()
             host, port = running.address(small)
             counters = (await client.admin.raft.describe(f"{host}:{port}"))["counters"]
             assert counters["trimmed_alone"] == 0 and counters["trims"] >= 1

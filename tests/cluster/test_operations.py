@@ -15,11 +15,10 @@ import trio
 
 import quorate
 from cluster.config import default_text
-from runtime.model import Env
 from runtime.real import real_env
-from tests.cluster.harness import BROKERS, STATUS_EVERY_S, Cluster, cluster, free_port_base, wait_for
+from tests.cluster.harness import BROKERS, STATUS_EVERY_S, Cluster, cluster, config_with, free_port_base, wait_for
 from tests.cluster.harness import quorate as run_quorate
-from tests.cluster.workload import Promises, check_stored, produce_numbers, queues_of, read_all, same_logs
+from tests.cluster.workload import Promises, check_stored, fill, producing, read_all, same_logs, trim
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
@@ -32,7 +31,9 @@ listen = "127.0.0.1:10941"
 peer = "127.0.0.1:10945"
 join = true
 """
-SMALL_SEGMENTS = default_text().replace('flush = "async"', f'flush = "async"\nsegment_bytes = {SEGMENT_BYTES}', 1)
+SMALL_SEGMENTS = config_with(segment_bytes=SEGMENT_BYTES)
+SOME = 100
+"""Messages that make a load."""
 
 
 def peer_address(running: Cluster, number: int) -> str:
@@ -48,23 +49,15 @@ def refused(*arguments: str) -> str:
 
 
 async def with_load(
-    client: quorate.Client, promises: Promises, work: Callable[[], Awaitable[None]], producers: int = 2
+    client: quorate.Client, promises: Promises, work: Callable[[], Awaitable[None]] | None = None
 ) -> None:
-    """Numbered messages while the work is done."""
+    """Numbered messages before, while and after the work is done."""
     await client.admin.create_topic(TOPIC, queues=4)
-    await queues_of(client, TOPIC)
-    stop = trio.Event()
-    async with trio.open_nursery() as nursery:
-        for number in range(producers):
-            nursery.start_soon(produce_numbers, client, TOPIC, f"p{number}", promises, stop)
-        await trio.sleep(0.3)
-        await work()
-        await trio.sleep(0.3)
-        stop.set()
-
-
-async def half_a_second() -> None:
-    await trio.sleep(0.5)
+    async with producing(client, TOPIC, promises, producers=2):
+        await promises.wait_more(SOME)
+        if work is not None:
+            await work()
+            await promises.wait_more(SOME)
 
 
 def standing(running: Cluster) -> dict[str, Any]:
@@ -137,11 +130,10 @@ async def test_a_node_removed_while_it_was_down_disturbs_nobody(tmp_path: Path) 
     with cluster(tmp_path / "data", "--no-restart") as running:
         leader = running.leader()
         away = next(name for name in BROKERS if name != leader)
-        running.kill(away)
-        wait_for(lambda: running.pid(away) is None, 30, f"{away} is down")
+        running.stop(away)
         assert away not in running.verb("raft", "remove-node", away, "--yes")["voters"]
         term = running.status()[leader]["term"]
-        run_quorate("restart", away, "--data", str(running.data))
+        running.restart(away)
         with trio.move_on_after(4.0):  # twice the longest election timeout
             while True:
                 status = await env.run_in_thread(running.status)
@@ -189,35 +181,10 @@ async def test_lost_folders_are_filled_and_the_loss_of_most_is_refused(tmp_path:
             for name in (other, third):
                 shutil.rmtree(running.data / name, ignore_errors=True)
                 (tmp_path / f"lost-{name}").rename(running.data / name)
-                run_quorate("restart", name, "--data", str(running.data))
+                running.restart(name)
                 assert running.pid(name) != pids[name]
             promises.note("after-0", await client.send(TOPIC, b"after-0 ", timeout=30))
             check_stored(await read_all(client, TOPIC), promises)
-
-
-async def fill(client: quorate.Client, topic: str, segments: int) -> None:
-    """So many log files of messages that nobody needs."""
-    await client.admin.create_topic(topic, queues=4)
-    await queues_of(client, topic)
-    body = bytes(500_000)
-
-    async def send(count: int) -> None:
-        for _ in range(count):
-            await client.send(topic, body, timeout=30)
-
-    async with trio.open_nursery() as nursery:
-        for _ in range(4):
-            nursery.start_soon(send, segments * SEGMENT_BYTES // len(body) // 4 + 1)
-
-
-async def trim(env: Env, client: quorate.Client, running: Cluster, position: int) -> None:
-    leader = await env.run_in_thread(running.leader)
-    await client.admin.raft.delete_expired("{}:{}".format(*running.address(leader)), position)
-
-    def is_trimmed() -> bool:
-        return all(running.status()[name]["first_position"] == position for name in BROKERS)
-
-    await env.run_in_thread(wait_for, is_trimmed, 60, "the head of every log is deleted", STATUS_EVERY_S)
 
 
 async def test_a_trimmed_group_restarts_and_is_saved_and_put_back(tmp_path: Path) -> None:
@@ -233,13 +200,13 @@ async def test_a_trimmed_group_restarts_and_is_saved_and_put_back(tmp_path: Path
                 await client.send("early", b"early-%d " % number)
             first = run_quorate("consume", "early", "--group", "g", "--from-start", "--count", "2", *data).stdout
             assert "early-1" in first
-            await fill(client, "old", 4)
+            await fill(client, "old", 4 * SEGMENT_BYTES)
             await trim(env, client, running, 2 * SEGMENT_BYTES)
             await client.send("early", b"late-0 ")
             # The group stood at offset 2, which is gone: it goes on with what there is.
             rest = run_quorate("consume", "early", "--group", "g", "--count", "1", *data).stdout
             assert "offset 5  late-0" in rest
-            await with_load(client, promises, half_a_second)
+            await with_load(client, promises)
         again = await env.run_in_thread(starts_elsewhere, running, config)
         assert {one["first_position"] for one in again.status().values() if one["kind"] == "broker"} == {
             2 * SEGMENT_BYTES
@@ -278,10 +245,9 @@ async def test_the_doctor_says_what_a_power_loss_may_have_taken(tmp_path: Path) 
     with cluster(tmp_path / "data", config=SMALL_SEGMENTS, faults={"lose_unsynced": True}) as running:
         assert power_losses(await env.run_in_thread(running.verb, "doctor")) == []
         async with quorate.connect(running.namesrv) as client:
-            await with_load(client, promises, half_a_second)
+            await with_load(client, promises)
             pids = running.cut_power_of_all_brokers()
-            for name, pid in pids.items():
-                await env.run_in_thread(running.wait_restarted, name, pid)
+            await env.run_in_thread(running.wait_all_restarted, pids)
             await env.run_in_thread(running.leader)
             findings = await env.run_in_thread(running.verb, "doctor")
         assert sorted(power_losses(findings)) == [f"broker-a/{name}" for name in BROKERS]

@@ -18,17 +18,15 @@ import pytest
 import trio
 
 import quorate
-from cluster.config import default_text
 from quorate import MessageExt, MessageQueue
 from runtime.model import Env
 from runtime.real import real_env
-from tests.cluster.harness import BROKERS, Cluster, cluster, wait_for
-from tests.cluster.harness import quorate as run_quorate
-from tests.cluster.workload import Promises, check_stored, produce_numbers, read_all, same_logs, word_of
+from tests.cluster.harness import BROKERS, STATUS_EVERY_S, Cluster, cluster, config_with
+from tests.cluster.workload import Promises, TimedPromises, check_stored, producing, read_all, same_logs, word_of
 
 ROUNDS = int(os.environ.get("QUORATE_POWER_LOSS_ROUNDS", "2"))
-PRODUCERS = 4
 LOAD_S = 0.8
+"""Longer than the flush interval of 0.5 s: some of it is synced, and some is not."""
 LOST_WITHIN_S = 2.0
 """With flush = "async" a sync follows a write within 0.5 s; the rest is for the sync itself, on a busy machine."""
 NO_LEADER_FOR_S = 5.0
@@ -41,32 +39,18 @@ LOSSY = {"lose_unsynced": True, "early_write_back": 0.3}
 
 def config(flush: str) -> str:
     """As shipped, with small segments: files of lossy disks are held in memory."""
-    return default_text().replace('flush = "async"', f'flush = "{flush}"\nsegment_bytes = 8388608', 1)
+    return config_with(flush=flush, segment_bytes=8 << 20)
 
 
 async def produce_until_power_cut(
-    env: Env, client: quorate.Client, topic: str, running: Cluster, promises: Promises, at: dict[str, float]
-) -> tuple[dict[str, int | None], float]:
-    """Load, then the cut. Returns the pids that died and the moment; `at` tells when each was acknowledged."""
-    stop = trio.Event()
-    noted = promises.note
-
-    class Timed(Promises):
-        def note(self, body: str, receipt: quorate.SendReceipt) -> None:
-            noted(body, receipt)
-            at[body] = env.clock.monotonic()
-
-    timed = Timed(promises.acknowledged, promises.unknown, promises.failures)
-    async with trio.open_nursery() as nursery:
-        for number in range(PRODUCERS):
-            nursery.start_soon(produce_numbers, client, topic, f"p{number}", timed, stop)
-        with trio.fail_after(20):
-            while len(promises.acknowledged) < 100:  # noqa: ASYNC110 - whatever the producers come to
-                await trio.sleep(0.02)
+    env: Env, client: quorate.Client, topic: str, running: Cluster, promises: Promises
+) -> tuple[dict[str, int], float]:
+    """Load, then the cut. Returns the pids that died and the moment."""
+    async with producing(client, topic, promises):
+        await promises.wait_more(100)
         await trio.sleep(LOAD_S)
         pids = running.cut_power_of_all_brokers()
         cut_at = env.clock.monotonic()
-        stop.set()
     return pids, cut_at
 
 
@@ -79,13 +63,8 @@ async def test_nothing_acknowledged_is_lost_with_flush_sync(tmp_path: Path) -> N
                 topic = f"round{number}"
                 await client.admin.create_topic(topic, queues=4)
                 promises = everything[topic] = Promises()
-                pids, _ = await produce_until_power_cut(env, client, topic, running, promises, {})
-
-                def back(pids: Mapping[str, int | None] = pids) -> None:
-                    for name, pid in pids.items():
-                        running.wait_restarted(name, than_pid=pid)
-
-                await env.run_in_thread(back)
+                pids, _ = await produce_until_power_cut(env, client, topic, running, promises)
+                await env.run_in_thread(running.wait_all_restarted, pids)
                 promises.note("after-0", await client.send(topic, b"after-0 ", timeout=15))
                 check_stored(await read_all(client, topic), promises)
             for topic, promises in everything.items():
@@ -120,34 +99,29 @@ def queue_key(queue: MessageQueue) -> tuple[str, int]:
 
 async def test_the_longest_log_leads_and_little_is_lost_with_flush_async(tmp_path: Path) -> None:
     env = real_env()
-    promises = Promises()
-    at: dict[str, float] = {}
+    promises = TimedPromises(clock=env.clock)
     topic = "ledger"
     with cluster(tmp_path / "data", "--no-restart", config=config("async"), faults=LOSSY) as running:
         async with quorate.connect(running.namesrv) as client:
             await client.admin.create_topic(topic, queues=4)
-            _, cut_at = await produce_until_power_cut(env, client, topic, running, promises, at)
-            await env.run_in_thread(lambda: wait_for(lambda: not any(map(running.pid, BROKERS)), 10, "all are down"))
-
-            def start(name: str) -> None:
-                run_quorate("restart", name, "--data", str(running.data))
-
+            _, cut_at = await produce_until_power_cut(env, client, topic, running, promises)
+            await env.run_in_thread(running.wait_down, *BROKERS)
             for name in BROKERS[:2]:
-                await env.run_in_thread(start, name)
+                await env.run_in_thread(running.restart, name)
                 assert recovered(running, name)["recovering"] is True
             # A majority, but any of them may have forgotten what it promised: only all members together may elect.
             with trio.move_on_after(NO_LEADER_FOR_S):
                 while True:
                     status = await env.run_in_thread(running.status)
                     assert [one["name"] for one in status.values() if one.get("role") == "leader"] == []
-                    await trio.sleep(0.3)
-            await env.run_in_thread(start, BROKERS[2])
+                    await trio.sleep(STATUS_EVERY_S)
+            await env.run_in_thread(running.restart, BROKERS[2])
             leader = await env.run_in_thread(running.leader)
             ends = {name: recovered(running, name)["last_index"] for name in BROKERS}
             assert ends[leader] == max(ends.values()), f"{leader} leads, though the logs ended at {ends}"
             # Some unknown ones may have been stored; ahead of new messages, where they were.
             lost = check_tail_only(await read_all(client, topic), promises)
-            late = {word: cut_at - at[word] for word in lost}
+            late = {word: cut_at - promises.at[word] for word in lost}
             assert all(age < LOST_WITHIN_S for age in late.values()), f"lost, though acknowledged long before: {late}"
             await client.send(topic, b"after-0 ", timeout=15)
             await same_logs(env, running)

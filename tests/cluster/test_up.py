@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from cluster.supervisor import RESTART_AFTER_S
 from runtime.processes import process_id
 from tests.cluster.harness import QUORATE, Cluster, cluster, free_port_base, quorate, wait_for
 
@@ -105,8 +106,8 @@ def test_a_killed_supervisor_takes_its_nodes_along(tmp_path: Path) -> None:
 def test_no_restart_leaves_dead_until_asked(tmp_path: Path) -> None:
     with cluster(tmp_path / "data", "--no-restart") as running:
         assert running.verb("kill", "n2")["restarts"] is False
-        wait_for(lambda: running.pid("n2") is None, 5, "n2 is down")
-        time.sleep(1.5)
+        running.wait_down("n2", within_s=5)
+        time.sleep(RESTART_AFTER_S + 0.5)
         assert running.pid("n2") is None
         ran = quorate("status", "--data", str(running.data), "--json", check=False)
         assert ran.returncode == 5

@@ -6,16 +6,18 @@ noted with queue and offset. Whoever reads the topic afterwards finds every ackn
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
 from itertools import pairwise
 
 import trio
-from attrs import Factory, define
+from attrs import Factory, define, field
 
 import quorate
 from quorate import Client, MessageExt, MessageQueue, SendFailed
-from runtime.model import Env
-from tests.cluster.harness import STATUS_EVERY_S, Cluster, differing
+from runtime.model import Clock, Env
+from tests.cluster.harness import BROKERS, STATUS_EVERY_S, Cluster, differing, wait_for
 
 SEND_WITHIN_S = 8.0
 SAME_LOGS_WITHIN_S = 60.0
@@ -33,6 +35,31 @@ class Promises:
 
     def note(self, body: str, receipt: quorate.SendReceipt) -> None:
         self.acknowledged[body] = (receipt.broker_name, receipt.queue_id, receipt.queue_offset)
+
+    async def wait_more(self, count: int, within_s: float = 60.0) -> None:
+        """Until so many more are acknowledged. Raises trio.TooSlowError."""
+        wanted = len(self.acknowledged) + count
+        with trio.fail_after(within_s):
+            while len(self.acknowledged) < wanted:  # noqa: ASYNC110 - whatever the producers come to
+                await trio.sleep(0.01)
+
+
+@define
+class TimedPromises(Promises):
+    """What the cluster acknowledged, and when."""
+
+    clock: Clock = field(kw_only=True)
+    at: dict[str, float] = Factory(dict)
+    """body -> seconds of the clock; in order."""
+
+    def note(self, body: str, receipt: quorate.SendReceipt) -> None:
+        super().note(body, receipt)
+        self.at[body] = self.clock.monotonic()
+
+    def longest_gap(self, start: float, end: float) -> float:
+        """Seconds without an acknowledgement."""
+        moments = [start, *(at for at in self.at.values() if start < at < end), end]
+        return max(after - before for before, after in pairwise(moments))
 
 
 async def queues_of(client: Client, topic: str) -> Sequence[MessageQueue]:
@@ -72,6 +99,47 @@ async def produce_numbers(
             promises.note(word, receipt)
         number += 1
         await trio.sleep(pause_s)
+
+
+@asynccontextmanager
+async def producing(
+    client: Client, topic: str, promises: Promises, *, producers: int = 4, pause_s: float = 0.002, padding: int = 200
+) -> AsyncIterator[None]:
+    """Numbered messages to a topic for the length of the block."""
+    stop = trio.Event()
+    produce = partial(produce_numbers, client, topic, promises=promises, stop=stop, pause_s=pause_s, padding=padding)
+    async with trio.open_nursery() as nursery:
+        for number in range(producers):
+            nursery.start_soon(partial(produce, f"p{number}"))
+        yield
+        stop.set()
+
+
+async def fill(client: Client, topic: str, nbytes: int) -> None:
+    """A topic with so many bytes of messages that nobody needs."""
+    await client.admin.create_topic(topic, queues=4)
+    await queues_of(client, topic)
+    body = bytes(500_000)
+
+    async def send(count: int) -> None:
+        for _ in range(count):
+            await client.send(topic, body, timeout=30)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(4):
+            nursery.start_soon(send, nbytes // len(body) // 4 + 1)
+
+
+async def trim(env: Env, client: Client, running: Cluster, position: int) -> None:
+    """Have the head of every log deleted, up to `position`."""
+    leader = await env.run_in_thread(running.leader)
+    await client.admin.raft.delete_expired("{}:{}".format(*running.address(leader)), position)
+
+    def is_trimmed() -> bool:
+        status = running.status()
+        return all(status[name]["first_position"] == position for name in BROKERS)
+
+    await env.run_in_thread(wait_for, is_trimmed, 60, "the head of every log is deleted", STATUS_EVERY_S)
 
 
 async def read_all(client: Client, topic: str) -> dict[MessageQueue, list[MessageExt]]:
