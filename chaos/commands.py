@@ -198,10 +198,11 @@ def sim(seeds: int, start: int, jobs: int, is_shrinking: bool, out: str, as_json
     from chaos.sim.engine import NotDeterministic
 
     engine = _engine("full" if is_full else "core")
-    tally = _Tally(engine, range(start, start + seeds))
+    numbers = range(start, start + seeds)
+    tally = _Tally(engine, numbers)
     try:
         engine.check()
-        for result in _play_all(engine.name, range(start, start + seeds), jobs):
+        for result in _play_all(engine.name, numbers, jobs):
             if as_json:
                 click.echo(json.dumps(result.to_json()))
             tally.add(result)

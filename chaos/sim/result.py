@@ -42,8 +42,9 @@ class SeedResult:
 
     def to_json(self) -> dict[str, object]:
         fields: dict[str, object] = asdict(self)
-        for name in ("trace", "standing", "counts"):
-            if not fields[name] or name == "counts":
+        del fields["counts"]
+        for name in ("trace", "standing"):
+            if not fields[name]:
                 del fields[name]
         return {"ok": self.ok, **fields, **self.counts}
 

@@ -141,8 +141,9 @@ class ClusterSubject(RaftSubject):
         self._is_final = False
         self._marks: dict[quorate.MessageQueue, int] = {}
 
-    def _host(self, name: str) -> str:
-        return self._world.machines[name].host
+    @property
+    def _namesrv(self) -> str:
+        return f"{self._world.machines[NAME_SERVER].host}:{NAMESRV_PORT}"
 
     @property
     def groups(self) -> Mapping[str, RaftGroup]:
@@ -179,12 +180,14 @@ class ClusterSubject(RaftSubject):
 
     async def _run_namesrv(self, process: Process) -> None:
         config = NamesrvConfig(
-            listen=(process.machine.host, NAMESRV_PORT), data_dir="/ns0/data", log=self._world.logger("ns0")
+            listen=(process.machine.host, NAMESRV_PORT),
+            data_dir=f"/{NAME_SERVER}/data",
+            log=self._world.logger(NAME_SERVER),
         )
         await NameServer(process.env, config).run()
 
     def _config(self, name: str) -> BrokerConfig:
-        address = (self._host(name), BROKER_PORT)
+        address = (self._world.machines[name].host, BROKER_PORT)
         return BrokerConfig(
             cluster="sim",
             broker_name=GROUP,
@@ -192,7 +195,7 @@ class ClusterSubject(RaftSubject):
             broker_id=int(name[1:]),
             listen=address,
             advertised=address,
-            namesrv=(f"{self._host('ns0')}:{NAMESRV_PORT}",),
+            namesrv=(self._namesrv,),
             group=self.group_config(name, GROUP),
             data_dir=f"/{name}/data",
             default_topic_queues=4,
@@ -234,7 +237,7 @@ class ClusterSubject(RaftSubject):
         """As `quorate.connect`, with the trace for its log."""
         client = Client(
             process.env,
-            [f"{self._host('ns0')}:{NAMESRV_PORT}"],
+            [self._namesrv],
             client_id=None,
             producer_group="sim",
             log=self._world.logger(process.machine.name),

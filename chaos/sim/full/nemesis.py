@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -30,9 +30,11 @@ WALL_STEPS_MS = {
 class Nemesis:
     """Carries faults out. Everything drawn meanwhile comes from the fault's own stream."""
 
-    def __init__(self, world: World, subject: Subject) -> None:
+    def __init__(self, world: World, subject: Subject, background: trio.Nursery) -> None:
+        """What takes its time goes on in `background`."""
         self._world = world
         self._subject = subject
+        self._background = background
         self._network = world.network
         self._do: dict[str, Callable[[Fault, str, Random], None]] = {
             "kill": self._kill,
@@ -52,13 +54,11 @@ class Nemesis:
             "members": self._members,
             "retention": self._retention,
         }
-        self._background: trio.Nursery | None = None
 
-    async def run(self, faults: Sequence[Fault], seconds: float, background: trio.Nursery) -> None:
-        """All faults at their times, until so many seconds have passed. What takes its time goes on in `background`.
-        Checkpoint."""
-        self._background = background
-        for fault in faults:
+    async def run(self) -> None:
+        """All faults of the world at their times, until the plan ends them. Checkpoint."""
+        seconds = self._world.plan.fault_seconds
+        for fault in self._world.faults:
             if fault.at >= seconds:
                 break
             await trio.sleep_until(fault.at)
@@ -69,10 +69,6 @@ class Nemesis:
             self._world.faults_applied[fault.kind] += 1
             self._do[fault.kind](fault, name, stream(self._world.plan.seed, f"fault/{fault.number}"))
         await trio.sleep_until(seconds)
-
-    def _start(self, work: Callable[..., Awaitable[object]], *details: object) -> None:
-        assert self._background is not None
-        self._background.start_soon(work, *details)
 
     async def heal(self) -> None:
         """Undo everything that is still wrong; machines that are down start again."""
@@ -141,7 +137,7 @@ class Nemesis:
         process = self._machine(name).process
         if process is not None and not process.is_dead and not self._machine(name).is_paused:
             self._note(f"{name} is to stop in order")
-            self._start(self._subject.stop_node, name)
+            self._background.start_soon(self._subject.stop_node, name)
 
     def _wall_clock(self, fault: Fault, name: str, rng: Random) -> None:
         step = rng.choice(WALL_STEPS_MS[self._world.plan.kind])
@@ -156,7 +152,7 @@ class Nemesis:
         self._subject.transfer(name)
 
     def _members(self, fault: Fault, name: str, rng: Random) -> None:
-        self._start(self._subject.change_members, rng)
+        self._background.start_soon(self._subject.change_members, rng)
 
     def _retention(self, fault: Fault, name: str, rng: Random) -> None:
         self._note("what has expired is to be deleted")

@@ -109,10 +109,9 @@ class FullPlan(RunPlan):
         )
 
 
-def draw_plan(seed: int, kind: Kind | None = None) -> FullPlan:
+def draw_plan(seed: int) -> FullPlan:
     rng = stream(seed, "full plan")
-    drawn: Kind = "groups" if rng.random() < 0.5 else "cluster"
-    kind = kind or drawn
+    kind: Kind = "groups" if rng.random() < 0.5 else "cluster"
     segment_bytes = rng.choice((65_536, 262_144))
     forgets = rng.random() < 0.5
     return FullPlan(

@@ -20,6 +20,7 @@ from chaos.sim.chance import stream
 from chaos.sim.full.clock import Agenda, NodeClock, VirtualTime
 from chaos.sim.full.files import Disk
 from chaos.sim.full.machine import Machine, Process
+from chaos.sim.full.nemesis import Nemesis
 from chaos.sim.full.net import Network
 from chaos.sim.full.plan import SECONDS_TO_SETTLE, FullPlan
 from chaos.sim.schedule import Fault
@@ -209,8 +210,6 @@ class World:
     async def run(self, subject: Subject, until: float | None = None) -> None:
         """The whole life of the world, or its beginning `until` a virtual second. What goes wrong is in `violation`
         afterwards."""
-        from chaos.sim.full.nemesis import Nemesis
-
         with self.scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.agenda.run)
@@ -221,8 +220,8 @@ class World:
                     nursery.start_soon(self.keep_running, subject, name)
                 async with trio.open_nursery() as workload:
                     workload.start_soon(subject.run_workload)
-                    nemesis = Nemesis(self, subject)
-                    await nemesis.run(self.faults, self.plan.fault_seconds, workload)
+                    nemesis = Nemesis(self, subject, workload)
+                    await nemesis.run()
                     await nemesis.heal()
                     self.is_calm = True
                     workload.cancel_scope.cancel()
