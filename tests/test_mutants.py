@@ -23,10 +23,10 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.trees import ROOT
+
 MUTANTS: list[dict[str, Any]] = tomllib.loads((ROOT / "tests" / "mutants.toml").read_text(encoding="utf-8"))["mutant"]
 COPIED = ("runtime", "remoting", "dledger", "namesrv", "broker", "quorate", "cluster", "chaos", "tests")
-COMPILED = ("runtime", "remoting", "dledger", "broker", "quorate", "cluster", "chaos", "tests")
 LIMIT_S = 25
 WORKERS = 2
 SCENARIOS = range(1, 34)
@@ -111,7 +111,7 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleQueue[Cop
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "node_modules"))
     for name in ("pyproject.toml", "cluster.toml", "README.md"):
         shutil.copy(ROOT / name, source / name)
-    for name in COMPILED:  # by content, not by time: a patch of the same second counts
+    for name in COPIED:  # by content, not by time: a patch of the same second counts
         compileall.compile_dir(str(source / name), quiet=2, invalidation_mode=PycInvalidationMode.CHECKED_HASH)
     made = [Copy(tmp_path_factory.mktemp(f"mutants{number}"), source) for number in range(WORKERS)]
     free: SimpleQueue[Copy] = SimpleQueue()
