@@ -86,7 +86,7 @@ def test_imports_follow_the_arrows() -> None:
         ("namesrv.server", "from namesrv import x\nimport pysyncobj"),
         ("runtime.net", "import remoting"),
         ("quorate.producer", "from dledger import group"),
-        ("chaos.live.engine", "from broker import state"),
+        ("chaos.commands", "from broker import state"),
         ("cluster.status", "import broker"),
         ("broker.node", "import cluster.config"),
         ("broker.node", "from tests.trees import imports"),
