@@ -31,7 +31,7 @@ from dledger.kick import Kick
 from dledger.lone_trim import drop_lone_trim, read_lone_trim, write_lone_trim
 from dledger.machine import EntryView, StateMachine
 from dledger.store.log_store import LogStore
-from dledger.store.manifest import SegmentInfo
+from dledger.store.manifest import SegmentSpan
 from dledger.store.rows import DISK_FULL
 from runtime.logs import Logger
 from runtime.model import Env
@@ -297,7 +297,7 @@ class Retention:
 
     def limit(self, position: int) -> int:
         """How far a trim to `position` may go: to a segment's begin, not into the newest closed ones."""
-        allowed = [segment.base + self._segment_bytes for segment in self._candidates(self._closed())]
+        allowed = [segment.base + self._segment_bytes for segment in self._candidates(self._store.closed_segments())]
         return max((end for end in allowed if end <= position), default=0)
 
     # The service.
@@ -331,10 +331,7 @@ class Retention:
         segment_bytes = self._segment_bytes
         return -(-self._store.position_end // segment_bytes) * segment_bytes + AHEAD * segment_bytes
 
-    def _closed(self) -> tuple[SegmentInfo, ...]:
-        return self._store.manifest().segments
-
-    def _candidates(self, closed: tuple[SegmentInfo, ...]) -> tuple[SegmentInfo, ...]:
+    def _candidates(self, closed: Sequence[SegmentSpan]) -> Sequence[SegmentSpan]:
         applied = self._applied()
         return tuple(segment for segment in closed[:-KEPT_CLOSED] if segment.last_index <= applied)
 
@@ -350,7 +347,7 @@ class Retention:
             # We lead with a log that begins later than the group has agreed.
             self._propose(Plan(self._owed, True, "this node had to trim alone"))
             return
-        closed = self._closed()
+        closed = self._store.closed_segments()
         segments = []
         for segment, follower in zip(self._candidates(closed), closed[1:], strict=False):
             stored_ms = await self._time_of(follower.first_index)
@@ -386,7 +383,7 @@ class Retention:
             return
         segments = [
             Closed(segment.base, segment.base + self._segment_bytes, None)
-            for segment in self._candidates(self._closed())
+            for segment in self._candidates(self._store.closed_segments())
         ]
         plan = decide(self._config, self._situation(segments))
         if plan is not None and plan.is_forced:
@@ -419,7 +416,7 @@ class Retention:
         if position <= target:
             return
         is_waiting = False
-        for segment in self._closed():
+        for segment in self._store.closed_segments():
             end = segment.base + self._segment_bytes
             if end > position:
                 break
@@ -458,7 +455,7 @@ class Retention:
         excess = usage.excess(forced)
         covered = min(self._checkpoints)
         base = store.first_position
-        for segment in self._candidates(self._closed()):
+        for segment in self._candidates(self._store.closed_segments()):
             if segment.last_index > covered or base - store.first_position >= excess:
                 break
             base = segment.base + self._segment_bytes

@@ -10,12 +10,18 @@ CHUNK_BYTES = 1 << 20
 
 
 @frozen
-class SegmentInfo:
-    """A closed segment: complete, never written again."""
+class SegmentSpan:
+    """Which entries a closed segment holds: complete, never written again."""
 
     base: int
     first_index: int
     last_index: int
+
+
+@frozen
+class SegmentInfo(SegmentSpan):
+    """A closed segment as a peer or a backup has to know it."""
+
     end_position: int
     """Where the last entry ends; zeros follow up to the segment's end."""
     last_crc: int

@@ -26,7 +26,7 @@ from dledger.replay import Replay
 from dledger.retention import Retention, encode_trim
 from dledger.store.format import Format
 from dledger.store.log_store import LogStore
-from dledger.store.manifest import SegmentInfo
+from dledger.store.manifest import SegmentSpan
 from dledger.store.meta import Meta, MetaFile
 from runtime.logs import get_logger
 from runtime.testing import test_env, wait_until
@@ -400,17 +400,14 @@ class Shelf:
     """A log of closed segments, two entries in each; the active one behind them."""
 
     def __init__(self, segments: int) -> None:
-        self.segments = [
-            SegmentInfo(number * SEGMENT, 2 * number + 1, 2 * number + 2, (number + 1) * SEGMENT, 0)
-            for number in range(segments)
-        ]
+        self.segments = [SegmentSpan(number * SEGMENT, 2 * number + 1, 2 * number + 2) for number in range(segments)]
         self.first_position = 0
         self.position_end = segments * SEGMENT
         self.durable_index = 2 * segments
         self.trims: list[int] = []
 
-    def manifest(self) -> Any:
-        return SimpleNamespace(segments=tuple(self.segments))
+    def closed_segments(self) -> tuple[SegmentSpan, ...]:
+        return tuple(self.segments)
 
     async def trim(self, position: int) -> None:
         await trio.lowlevel.checkpoint()

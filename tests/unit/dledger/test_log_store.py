@@ -113,6 +113,26 @@ async def test_killed_process_keeps_what_it_wrote(tmp_path: Path) -> None:
     assert (again.last_term, again.last_head_crc, again.position_end) == (1, entries[-1].head_crc, entries[-1].end)
 
 
+async def test_what_closed_segments_hold_is_known_without_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Retention asks four times a second, of logs of thousands of segments."""
+    env = test_env(tmp_path)
+    store = await fresh(env, tmp_path)
+    framer = Framer()
+    await append(store, [framer.next(b"x" * 30_000) for _ in range(7)])
+    await store.close()
+    again = await opened(env, tmp_path)
+    spans = [(info.base, info.first_index, info.last_index) for info in again.manifest().segments]
+    assert spans == [(0, 1, 2), (SEGMENT, 3, 4), (2 * SEGMENT, 5, 6)]
+
+    def nothing_is_read(*_: object) -> bytes:
+        raise AssertionError("read from the disk")
+
+    monkeypatch.setattr(RealFile, "pread", nothing_is_read)
+    assert [(span.base, span.first_index, span.last_index) for span in again.closed_segments()] == spans
+
+
 async def test_entry_never_crosses_a_segment_end_and_the_gap_is_zero(tmp_path: Path) -> None:
     store = await fresh(test_env(tmp_path), tmp_path)
     framer = Framer()
