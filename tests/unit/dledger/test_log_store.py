@@ -6,7 +6,7 @@ import errno
 import random
 import shutil
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -616,6 +616,21 @@ def no_room(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def no_room_for(monkeypatch: pytest.MonkeyPatch, is_refused: Callable[[int], bool]) -> list[int]:
+    """Refuse some writes, by their numbers from 1 on. Returns the offsets of all that are tried from now on."""
+    pwrite = RealFile.pwrite
+    writes: list[int] = []
+
+    def write(self: RealFile, data: Any, offset: int) -> None:
+        writes.append(offset)
+        if is_refused(len(writes)):
+            no_room()
+        pwrite(self, data, offset)
+
+    monkeypatch.setattr(RealFile, "pwrite", write)
+    return writes
+
+
 async def test_meta_slots_find_room_later_and_keep_the_last_word_until_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -623,16 +638,7 @@ async def test_meta_slots_find_room_later_and_keep_the_last_word_until_then(
     format_folder(env, str(tmp_path), IDENTITY)
     meta = MetaFile.open(env.files, str(tmp_path), IDENTITY)
     await meta.save_hard_state(3, "n1")
-    pwrite = RealFile.pwrite
-    writes: list[int] = []
-
-    def full(self: RealFile, data: Any, offset: int) -> None:
-        writes.append(offset)
-        if len(writes) % 2 == 0:
-            raise OSError(errno.ENOSPC, "full")
-        pwrite(self, data, offset)
-
-    monkeypatch.setattr(RealFile, "pwrite", full)
+    writes = no_room_for(monkeypatch, lambda number: number % 2 == 0)
     for _ in range(2):
         with pytest.raises(NoRoom):
             await meta.save_hard_state(4, "n2")
@@ -651,16 +657,7 @@ async def test_4_2_what_a_save_without_room_has_left_does_not_outlive_the_next_o
     format_folder(env, str(tmp_path), IDENTITY)
     meta = MetaFile.open(env.files, str(tmp_path), IDENTITY)
     await meta.save_recovering(True)
-    pwrite = RealFile.pwrite
-    writes: list[int] = []
-
-    def full(self: RealFile, data: Any, offset: int) -> None:
-        writes.append(offset)
-        if len(writes) == 2:
-            raise OSError(errno.ENOSPC, "full")
-        pwrite(self, data, offset)
-
-    monkeypatch.setattr(RealFile, "pwrite", full)
+    no_room_for(monkeypatch, lambda number: number == 2)
     with pytest.raises(NoRoom):
         await meta.save_recovering(False)
     assert not MetaFile.open(env.files, str(tmp_path), IDENTITY).saved.recovering, "one slot says so already"
