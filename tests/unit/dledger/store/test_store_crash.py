@@ -12,7 +12,14 @@ import pytest
 from attrs import evolve
 
 from dledger.core.types import Entry
-from dledger.store.checkpoint import Checkpoint, pack_checkpoint, read_checkpoint, write_checkpoint
+from dledger.store.checkpoint import (
+    Checkpoint,
+    Stock,
+    pack_checkpoint,
+    read_checkpoint,
+    take_stock,
+    write_checkpoint,
+)
 from dledger.store.log_store import LogStore, format_folder
 from dledger.store.meta import MetaFile
 from dledger.store.options import StoreOptions
@@ -344,6 +351,21 @@ async def test_scenario_10_a_log_of_which_nothing_is_left_is_given_up_or_still_r
         assert recovered.faults or (store._meta.saved.recovering and store.first_position == store.position_end == 0)
 
     await at_every_operation(before, drop, check)
+
+
+async def test_4_9_a_checkpoint_behind_the_end_of_the_log_is_gone_for_good() -> None:
+    before = await built(ENTRIES[:10])
+    write_checkpoint(before, FOLDER, 9, b"nine")
+    write_checkpoint(before, FOLDER, 20, b"twenty")
+
+    async def start(files: CrashFiles) -> None:
+        assert take_stock(files, FOLDER, last_index=10) == Stock(Checkpoint(9, b"nine"), (9, 0), [20])
+
+    async def check(files: CrashFiles, is_done: bool) -> None:
+        newest = read_checkpoint(files, FOLDER)
+        assert newest is not None and newest.index in ((9,) if is_done else (9, 20))
+
+    await at_every_operation(before, start, check)
 
 
 async def test_4_2_the_start_of_a_run_is_in_the_slots_or_the_run_before_it() -> None:

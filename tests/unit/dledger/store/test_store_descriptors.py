@@ -15,6 +15,7 @@ from attrs import evolve
 
 from dledger.store.log_store import LogStore
 from dledger.store.meta import MetaFile
+from dledger.store.segments import Segment, open_segment
 from runtime.files import RealFiles
 from runtime.testing import test_env
 from tests.unit.dledger.store.store_kit import (
@@ -93,11 +94,13 @@ async def test_a_cancelled_cut_leaves_nothing_open(tmp_path: Path) -> None:
     assert await at_each_wait(tmp_path / "log", lambda store: store.cut(12)) == 2
 
 
-@pytest.mark.parametrize("broken", ["create_segment", "clear_failed"])
+@pytest.mark.parametrize(
+    "broken", ["log_store.create_segment", "log_store.clear_failed", "recovery.read_suspects", "recovery.open_segment"]
+)
 async def test_a_log_that_cannot_be_opened_leaves_nothing_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    if broken == "clear_failed":
+    if broken != "log_store.create_segment":
         await write_log(tmp_path, ENTRIES)
     else:
         store = await fresh(test_env(tmp_path), tmp_path)
@@ -108,10 +111,12 @@ async def test_a_log_that_cannot_be_opened_leaves_nothing_open(
                 path.unlink()
     meta = MetaFile.open(RealFiles(), str(tmp_path), IDENTITY)
 
-    def fails(*_: object) -> None:
+    def fails(*args: Any) -> Segment:
+        if broken == "recovery.open_segment" and args[2] < 2 * SEGMENT:
+            return open_segment(*args)
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(f"dledger.store.log_store.{broken}", fails)
+    monkeypatch.setattr(f"dledger.store.{broken}", fails)
     with pytest.raises(OSError, match="Input/output"):
         await LogStore.open(test_env(tmp_path), str(tmp_path), SEGMENT, meta)
     meta.close()
