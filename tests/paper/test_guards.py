@@ -5,7 +5,7 @@ from __future__ import annotations
 from dledger.core import effects as fx
 from dledger.core import messages as msg
 from dledger.core.config import RaftConfig
-from dledger.core.events import Durable, HardStateSaved, Propose, TurnEnd
+from dledger.core.events import Durable, HardStateSaved, Propose, Receive, TurnEnd
 from dledger.core.log import MemoryLog
 from dledger.core.membership import AddLearner
 from dledger.core.types import EntryType, HardState, Role, frame_entry
@@ -162,6 +162,28 @@ def test_4_2_what_a_peer_lost_with_its_power_counts_no_more() -> None:
     assert progress.written == progress.durable == 1
     group["n0"].complete_writes()
     assert group.raft("n0").commit_index < index, "one of three has it"
+
+
+def test_4_4_a_heartbeat_is_answered_although_entries_behind_it_wait_for_the_disk() -> None:
+    group = Group(logs={"n1": make_log(1)})
+    member = group["n1"]
+    member.receive("n0", empty_append(make_log(1), term=1))
+    assert group.take() == [("n1", "n0", msg.AppendReply(1, 1, True, 1, 1))]
+    member.writes = False
+    entry = make_log(1, 1).entries(2, 1 << 20)[0]
+    member.step(Receive(group.now, "n0", empty_append(make_log(1), term=1, seq=2)))
+    member.step(Receive(group.now, "n0", msg.Append(1, 1, 1, entry.prev_crc, 0, 3, (entry,))))
+    member.end_turn()
+    assert group.take() == [("n1", "n0", msg.AppendReply(1, 3, True, 1, 1))]
+
+
+def test_4_4_what_is_durable_takes_nothing_back_of_what_is_written() -> None:
+    group = Group()
+    member = group["n1"]
+    member.syncs = False
+    member.receive("n0", msg.Append(1, 0, 0, 0, 0, 1, make_log(1, 1, 1).entries(1, 1 << 20)))
+    member.step(Durable(group.now, 1, 1))
+    assert (member.raft.log.written_index, member.raft.log.durable_index) == (3, 1)
 
 
 def test_2_5_e_a_leader_commits_nothing_that_it_has_not_written() -> None:
