@@ -25,7 +25,14 @@ from dledger.store.log_store import LogStore
 from dledger.store.manifest import Manifest
 from dledger.store.meta import MetaFile
 from dledger.store.rows import DISK_FULL
-from dledger.store.staging import INCOMING_FOLDER, INSTALL_MARK, Staging, complete_install, decode_manifest
+from dledger.store.staging import (
+    INCOMING_FOLDER,
+    INSTALL_MARK,
+    Staging,
+    complete_install,
+    decode_manifest,
+    staged_manifest,
+)
 from dledger.wire import FetchKind, FetchStatus
 from runtime.logs import Logger
 from runtime.model import Env, Files
@@ -194,11 +201,10 @@ class Installer:
 
     def _begun(self) -> Pulled | None:
         """A transfer that was cut short, if it still brings this node further."""
-        incoming = f"{self._folder}/{INCOMING_FOLDER}"
         files = self._env.files
         try:
-            manifest = decode_manifest(files.read_bytes(f"{incoming}/manifest"))
-            checkpoint: bytes | None = files.read_bytes(f"{incoming}/{TABLES_FILE}")
+            manifest = staged_manifest(files, self._folder)
+            checkpoint = files.read_bytes(f"{self._folder}/{INCOMING_FOLDER}/{TABLES_FILE}")
         except (OSError, ValueError):
             return None
         if self._own is not None and not adds_to(self._own, manifest):
@@ -326,11 +332,12 @@ async def end_switch(env: Env, folder: str, meta: MetaFile) -> None:
 
 def _end_of_switch(files: Files, folder: str) -> int | None:
     """The last entry of the log that a switch under way leads to; None where there is none, or it is over."""
-    path = f"{folder}/{INCOMING_FOLDER}/manifest"
-    if not files.exists(f"{folder}/{INSTALL_MARK}") or not files.exists(path):
+    if not files.exists(f"{folder}/{INSTALL_MARK}"):
         return None
     try:
-        return decode_manifest(files.read_bytes(path)).segments[-1].last_index
+        return staged_manifest(files, folder).segments[-1].last_index
+    except FileNotFoundError:
+        return None
     except ValueError:  # damaged since: what was verified is put in place all the same
         return None
 

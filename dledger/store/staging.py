@@ -64,6 +64,11 @@ def decode_manifest(data: bytes) -> Manifest:
     return manifest
 
 
+def staged_manifest(files: Files, folder: str) -> Manifest:
+    """Of the fetch in the staging folder. Raises OSError where there is none, ValueError where it is damaged."""
+    return decode_manifest(files.read_bytes(f"{folder}/{INCOMING_FOLDER}/{_MANIFEST_FILE}"))
+
+
 class Staging:
     """The folder `incoming/` for one manifest. Synchronous; `put` touches the page cache only."""
 
