@@ -1,6 +1,6 @@
 """A file system in memory that tells the page cache from the disk, and loses power before its n-th operation.
 
-Every change of content or of a folder is one operation. What was not synced may be lost: all of it, nothing of it, or
+Every change of a page or of a folder is one operation. What was not synced may be lost: all of it, nothing of it, or
 at random per file, as a machine without power does it. A rename from one folder to another is one change of both.
 """
 
