@@ -14,10 +14,14 @@ from dledger.core.config import RaftConfig
 from dledger.errors import LedgerError, NotLeader
 from dledger.fetch import Answer, FetchClient, LogSource
 from dledger.group import AddLearner, Promote, Remove, Role
-from dledger.store.staging import Staging, decode_manifest, encode_manifest
+from dledger.install import end_switch
+from dledger.store.log_store import format_folder
+from dledger.store.meta import MetaFile
+from dledger.store.staging import INCOMING_FOLDER, INSTALL_MARK, Staging, decode_manifest, encode_manifest
 from dledger.wire import Fetch, Fetched, FetchKind
 from runtime.testing import wait_until
-from tests.unit.dledger.dledger_toy import Node, ToyCluster
+from tests.unit.dledger.dledger_toy import Node, ToyCluster, toy_env
+from tests.unit.dledger.test_log_store import IDENTITY
 from tests.unit.dledger.test_repair import SEGMENT, assert_identical, cluster, fill, flip_body
 
 
@@ -318,6 +322,23 @@ async def test_segments_that_end_before_the_own_mark_are_no_new_damage(tmp_path:
         await toy.level()
         assert_same_logs(toy)
         assert len(leader.machine.applied) == 32 * 300 + 1
+
+
+@pytest.mark.parametrize("left", ["nothing", "a damaged manifest"])
+async def test_a_switch_that_a_crash_left_near_its_end_is_ended_and_the_mark_stays(tmp_path: Path, left: str) -> None:
+    """The manifest is the last thing to go, and all that tells where the new log ends."""
+    env, folder = toy_env(tmp_path), str(tmp_path)
+    format_folder(env, folder, IDENTITY)
+    meta = MetaFile.open(env.files, folder, IDENTITY)
+    await meta.save_mark(7)
+    (tmp_path / INCOMING_FOLDER).mkdir()
+    if left != "nothing":
+        (tmp_path / INCOMING_FOLDER / "manifest").write_bytes(b"?")
+    (tmp_path / INSTALL_MARK).write_bytes(b"")
+    await end_switch(env, folder, meta)
+    assert not (tmp_path / INSTALL_MARK).exists() and not (tmp_path / INCOMING_FOLDER).exists()
+    assert meta.durable_mark == 7
+    meta.close()
 
 
 async def test_the_source_hears_that_a_transfer_is_complete(tmp_path: Path) -> None:
