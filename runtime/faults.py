@@ -6,7 +6,8 @@ it keeps on disk, and says so in one log line; without it nothing of this module
     {"boot_id": "second-boot",
      "folders": {"/data/n0": {"lose_unsynced": true, "sync_delay_ms": 5}}}
 
-`boot_id` (read at the start) replaces the machine's: another one than before means that the page cache was lost.
+`boot_id` (read at the start) replaces the machine's: another one than before means that the page cache was lost. Where
+a folder loses what is unsynced, every process has one of its own, for its end is a power loss to that folder.
 `folders` gives each data folder its faults; the innermost folder that holds a file counts, other files are left alone.
 Folders are listed from the start; what is said of them may change at any time (write the plan aside, rename it over):
 the file is looked at again, at most every 20 ms, whenever one of the folders is used. See `Faults` for what there is.
@@ -32,6 +33,7 @@ import shutil
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import Any
@@ -478,8 +480,11 @@ class FaultyFiles(RealFiles):
         """Raises PlanError."""
         super().__init__()
         self._control = _Control(plan_path)
-        self.boot_id = self._control.plan.boot_id
-        folders = sorted(self._control.plan.folders, key=len, reverse=True)
+        plan = self._control.plan
+        self.boot_id = plan.boot_id
+        if any(faults.lose_unsynced for faults in plan.folders.values()):
+            self.boot_id = f"{plan.boot_id or 'boot'}/{uuid.uuid4().hex}"
+        folders = sorted(plan.folders, key=len, reverse=True)
         self._folders = [_Folder(self._control, folder) for folder in folders]
 
     def _folder(self, path: str) -> _Folder | None:

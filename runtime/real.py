@@ -21,6 +21,7 @@ from runtime.net import TcpNet
 T = TypeVar("T")
 
 FAULTS_VARIABLE = "QUORATE_FAULTS"
+BOOT_ID_FILE = "/proc/sys/kernel/random/boot_id"
 _WORKERS = 2
 
 
@@ -56,8 +57,8 @@ class RealIds:
 
 def _read_boot_id() -> str:
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
+        return str(uuid.UUID(Path(BOOT_ID_FILE).read_text(encoding="ascii").strip()))
+    except (OSError, ValueError):  # no such file, or in a container an empty one over it, the same after every restart
         return uuid.uuid4().hex
 
 

@@ -1,10 +1,11 @@
 import threading
+from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
 
-from runtime.real import real_env
+from runtime.real import RealIds, real_env
 from runtime.testing import test_env, wait_until
 
 
@@ -42,6 +43,26 @@ def test_ids() -> None:
     assert ids.salt(16) != ids.salt(16)
     assert ids.boot_id and ids.boot_id == real_env().ids.boot_id
     assert ids.host and ids.pid > 0
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\n", b"unknown", b"\xff"])
+def test_without_a_boot_id_every_process_is_another_boot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
+) -> None:
+    """What is the same after every restart of the machine would hide its power losses."""
+    path = tmp_path / "boot_id"
+    if content is not None:
+        path.write_bytes(content)
+    monkeypatch.setattr("runtime.real.BOOT_ID_FILE", str(path))
+    first, second = RealIds().boot_id, RealIds().boot_id
+    assert first and second and first != second
+
+
+def test_the_boot_id_is_the_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "boot_id"
+    path.write_text("0b1c29a5-5a35-4b4e-9a3a-7f1f4d1a9c11\n")
+    monkeypatch.setattr("runtime.real.BOOT_ID_FILE", str(path))
+    assert RealIds().boot_id == RealIds().boot_id == "0b1c29a5-5a35-4b4e-9a3a-7f1f4d1a9c11"
 
 
 async def test_slow_work_runs_in_a_thread() -> None:
