@@ -224,12 +224,16 @@ def sim(seeds: int, start: int, jobs: int, is_shrinking: bool, out: str, as_json
         raise SystemExit(code)
 
 
+def _is_seed(what: str) -> bool:
+    return what.isascii() and what.isdigit()
+
+
 def _scenario_of(what: str, *, is_full: bool) -> Scenario:
     """A seed's plan and faults, or those of a file, which says itself which engine it is for. Raises UsageError."""
     from chaos.sim.scenario import BadScenario, read_scenario
     from runtime.real import real_env
 
-    if what.isascii() and what.isdigit():
+    if _is_seed(what):
         return _engine("full" if is_full else "core").draw(int(what))
     try:
         return read_scenario(real_env().files.read_bytes(what).decode())
@@ -298,7 +302,9 @@ def shrink(what: str, out: str | None, is_full: bool) -> None:
     """Make a failing run small: the same broken promise with fewer faults, nodes and clients."""
     scenario = _scenario_of(what, is_full=is_full)
     try:
-        shrunk = _report_shrunk(scenario, out or f"chaos-out/{scenario.plan.seed}.toml")
+        shrunk = _report_shrunk(
+            scenario, out or f"chaos-out/{scenario.plan.seed}.toml", file=None if _is_seed(what) else what
+        )
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         raise SystemExit(EXIT_INTERRUPTED) from None
@@ -307,8 +313,9 @@ def shrink(what: str, out: str | None, is_full: bool) -> None:
     click.echo("every promise held: there is nothing to shrink")
 
 
-def _report_shrunk(scenario: Scenario, path: str) -> Shrunk | None:
-    """Shrink, write the scenario file, tell the story. None when the run does not fail."""
+def _report_shrunk(scenario: Scenario, path: str, *, file: str | None = None) -> Shrunk | None:
+    """Shrink, write the scenario file, tell the story. None when the run does not fail. `file`: where the scenario
+    comes from, when it is not its seed's."""
     from chaos.sim.scenario import write_scenario
     from chaos.sim.shrink import Shrinker
     from runtime.real import real_env
@@ -334,5 +341,6 @@ def _report_shrunk(scenario: Scenario, path: str) -> Shrunk | None:
         click.echo(f"  {fault}")
     for line in engine.play(shrunk.scenario, keep_trace=True).trace[-NARRATIVE_LINES:]:
         click.echo(f"  | {line}")
-    click.echo(f"  repeat: {shrunk.result.reproduction}      minimal: quorate chaos replay {path} --trace")
+    repeat = shrunk.result.reproduction if file is None else f"quorate chaos replay {file} --trace"
+    click.echo(f"  repeat: {repeat}      minimal: quorate chaos replay {path} --trace")
     return shrunk

@@ -70,7 +70,8 @@ class Nemesis:
         }
 
     def apply(self, fault: Fault) -> None:
-        """Do it now. A fault that cannot happen (nothing to hit, or over the budget) does nothing."""
+        """Do it now. A fault that cannot happen (nothing to hit, or over the budget) does nothing; one that begins with
+        the end of a process may come to no more than that."""
         world = self._world
         if world.is_healed:
             return

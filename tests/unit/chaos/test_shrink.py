@@ -137,6 +137,7 @@ def test_a_failing_seed_is_shrunk_to_a_file_that_replays(tmp_path: Path) -> None
     assert again.exit_code == 1 and "vote not saved" in again.stdout
     smaller = runner.invoke(commands.chaos_group, ["shrink", str(path), "--out", str(tmp_path / "again.toml")])
     assert smaller.exit_code == 1 and (tmp_path / "again.toml").exists()
+    assert f"repeat: quorate chaos replay {path} --trace " in smaller.stdout
 
 
 def test_a_file_that_breaks_nothing_replays_to_the_end_or_to_a_moment(tmp_path: Path) -> None:
