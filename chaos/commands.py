@@ -209,7 +209,7 @@ def sim(seeds: int, start: int, jobs: int, is_shrinking: bool, out: str, as_json
         tally.audited(_play_again(engine.name, list(tally.to_audit)))
         if is_shrinking:
             for seed in tally.broken[:SHRUNK_MAX]:
-                _report_shrunk(engine.draw(seed), f"{out}/{seed}.toml")
+                _report_shrunk(engine.draw(seed), f"{out}/{seed}.toml", on_stderr=as_json)
     except NotDeterministic as error:
         click.echo(str(error), err=True)
         raise SystemExit(EXIT_KIT_FAILED) from None
@@ -313,7 +313,7 @@ def shrink(what: str, out: str | None, is_full: bool) -> None:
     click.echo("every promise held: there is nothing to shrink")
 
 
-def _report_shrunk(scenario: Scenario, path: str, *, file: str | None = None) -> Shrunk | None:
+def _report_shrunk(scenario: Scenario, path: str, *, file: str | None = None, on_stderr: bool = False) -> Shrunk | None:
     """Shrink, write the scenario file, tell the story. None when the run does not fail. `file`: where the scenario
     comes from, when it is not its seed's."""
     from chaos.sim.scenario import write_scenario
@@ -332,15 +332,14 @@ def _report_shrunk(scenario: Scenario, path: str, *, file: str | None = None) ->
         files.make_dirs(folder)
     files.write_atomic(path, write_scenario(shrunk.scenario).encode())
     before, after = scenario.plan, shrunk.scenario.plan
-    click.echo(
-        f"seed {before.seed}: {len(scenario.faults)} faults -> {len(shrunk.scenario.faults)}, "
-        f"{before.fault_seconds:g} s -> {after.fault_seconds:g} s ({shrunk.runs} runs)"
-    )
-    click.echo(f"  {after.describe()}")
-    for fault in shrunk.scenario.faults:
-        click.echo(f"  {fault}")
-    for line in engine.play(shrunk.scenario, keep_trace=True).trace[-NARRATIVE_LINES:]:
-        click.echo(f"  | {line}")
     repeat = shrunk.result.reproduction if file is None else f"quorate chaos replay {file} --trace"
-    click.echo(f"  repeat: {repeat}      minimal: quorate chaos replay {path} --trace")
+    story = [
+        f"seed {before.seed}: {len(scenario.faults)} faults -> {len(shrunk.scenario.faults)}, "
+        f"{before.fault_seconds:g} s -> {after.fault_seconds:g} s ({shrunk.runs} runs)",
+        f"  {after.describe()}",
+        *(f"  {fault}" for fault in shrunk.scenario.faults),
+        *(f"  | {line}" for line in engine.play(shrunk.scenario, keep_trace=True).trace[-NARRATIVE_LINES:]),
+        f"  repeat: {repeat}      minimal: quorate chaos replay {path} --trace",
+    ]
+    click.echo("\n".join(story), err=on_stderr)
     return shrunk

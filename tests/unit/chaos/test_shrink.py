@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import attrs
@@ -138,6 +139,15 @@ def test_a_failing_seed_is_shrunk_to_a_file_that_replays(tmp_path: Path) -> None
     smaller = runner.invoke(commands.chaos_group, ["shrink", str(path), "--out", str(tmp_path / "again.toml")])
     assert smaller.exit_code == 1 and (tmp_path / "again.toml").exists()
     assert f"repeat: quorate chaos replay {path} --trace " in smaller.stdout
+
+
+@pytest.mark.usefixtures("broken_core")
+def test_the_story_of_a_failing_seed_is_not_among_the_json(tmp_path: Path) -> None:
+    words = ["sim", "--seeds", "1", "--start", "1", "--json", "--out", str(tmp_path)]
+    done = CliRunner().invoke(commands.chaos_group, words)
+    seed, totals = map(json.loads, done.stdout.splitlines())
+    assert not seed["ok"] and totals["broken"] == [1]
+    assert "minimal: quorate chaos replay" in done.stderr
 
 
 def test_a_file_that_breaks_nothing_replays_to_the_end_or_to_a_moment(tmp_path: Path) -> None:
