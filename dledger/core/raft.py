@@ -268,7 +268,6 @@ class Raft:
         effects: list[Effect] = []
         outbox = self._outbox
         outbox.effects = effects
-        self.log.appended = ()
         self._now = event.now
         try:
             # The frequent ones first, and no `match`: on classes it builds a set for every hit.

@@ -18,8 +18,7 @@ UNKNOWN_POSITION = -1
 
 
 class RaftLog:
-    """One node's log. Attributes are for reading, but for two: whoever counts moves `commit_index`, and every step
-    begins by emptying `appended`, the entries that the view does not show yet.
+    """One node's log. Attributes are for reading, but for `commit_index`, which whoever counts moves.
 
     `view` is the log as recovered, all of it on stable storage. `commit_index` may name an entry that is committed for
     sure; only what is committed is ever trimmed.
@@ -27,7 +26,6 @@ class RaftLog:
 
     __slots__ = (
         "_segment_bytes",
-        "appended",
         "commit_index",
         "durable_index",
         "last_crc",
@@ -49,7 +47,6 @@ class RaftLog:
         self.written_index = self.last_index
         self.durable_index = self.last_index
         self.commit_index = min(max(commit_index, view.first_index - 1), self.last_index)
-        self.appended: Sequence[Entry] = ()
 
     @property
     def first_index(self) -> int:
@@ -57,15 +54,10 @@ class RaftLog:
         return self.view.first_index
 
     def term_at(self, index: int) -> int | None:
-        """Also during the step that appends: the view shows those entries only afterwards."""
+        """As the view, which shows appended entries only after their step; of the last one during that step too."""
         if index == self.last_index:
             return self.last_term
-        if index > self.last_index:
-            return None
-        appended = self.appended
-        if appended and index >= appended[0].index:
-            return appended[index - appended[0].index].term
-        return self.view.term_at(index)
+        return None if index > self.last_index else self.view.term_at(index)
 
     def last_not_above(self, index: int, term: int) -> tuple[int, int]:
         """Our last entry at or below `index` whose term is at or below `term`: the hint of either side (raft.md 4.4).
@@ -160,7 +152,6 @@ class RaftLog:
             raise PromiseBroken(
                 f"entry {first.index} claims position {first.position}; our log ends at {self.position_end}"
             )
-        self.appended = entries
         self.last_index, self.last_term, self.last_crc = last.index, last.term, last.head_crc
         self.position_end = last.end
 
