@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from dledger.core import effects as fx
 from dledger.core import messages as msg
 from dledger.core.config import RaftConfig
@@ -77,6 +79,18 @@ def test_4_2_messages_that_wait_for_a_save_are_bounded() -> None:
     assert group.wire == []
     member.complete_saves()
     assert group.wire == [("n1", "n0", msg.VoteReply(4, True)), ("n1", "n2", msg.VoteReply(4, False))]
+
+
+@pytest.mark.parametrize("has_leader", [False, True])
+def test_4_3_who_is_told_of_a_leader_asks_again_only_after_a_whole_timeout(has_leader: bool) -> None:
+    """Nobody to wait for: sooner."""
+    group = Group()
+    group.tick("n0")
+    member = group["n0"]
+    for voter in ("n1", "n2"):
+        member.receive(voter, msg.PreVoteReply(0, 1, False, has_leader=has_leader and voter == "n1"))
+    assert member.raft.role is Role.FOLLOWER
+    assert (member.raft.deadline - group.now > group.config.election_timeout_min) is has_leader
 
 
 # Recovering
