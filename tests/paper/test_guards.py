@@ -7,7 +7,7 @@ import pytest
 from dledger.core import effects as fx
 from dledger.core import messages as msg
 from dledger.core.config import RaftConfig
-from dledger.core.events import Durable, HardStateSaved, Propose, Receive, TurnEnd
+from dledger.core.events import Durable, HardStateSaved, PeerUp, Propose, Receive, TurnEnd
 from dledger.core.log import MemoryLog
 from dledger.core.membership import AddLearner
 from dledger.core.types import EntryType, HardState, Role, frame_entry
@@ -91,6 +91,20 @@ def test_4_3_who_is_told_of_a_leader_asks_again_only_after_a_whole_timeout(has_l
         member.receive(voter, msg.PreVoteReply(0, 1, False, has_leader=has_leader and voter == "n1"))
     assert member.raft.role is Role.FOLLOWER
     assert (member.raft.deadline - group.now > group.config.election_timeout_min) is has_leader
+
+
+def test_4_3_only_who_has_heard_no_leader_since_its_start_asks_once_all_peers_are_there() -> None:
+    group = Group()
+    group.elect("n0")
+    for name in ("n1", "n2"):
+        group[name].receive("n0", msg.PreVoteReply(5, 1, False))
+    group["n2"].boot()
+    for name in ("n1", "n2"):
+        armed = group.raft(name).deadline
+        for peer in set(group.names) - {name}:
+            group[name].step(PeerUp(group.now, peer))
+        assert group.raft(name).leader is None
+        assert (group.raft(name).deadline < armed) is (name == "n2")
 
 
 # Recovering
