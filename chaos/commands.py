@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -195,12 +196,10 @@ def sim(seeds: int, start: int, jobs: int, is_shrinking: bool, out: str, as_json
 
     Of engine full, half of the seeds are bare raft groups and half whole clusters.
     """
-    from chaos.sim.engine import NotDeterministic
-
     engine = _engine("full" if is_full else "core")
     numbers = range(start, start + seeds)
     tally = _Tally(engine, numbers)
-    try:
+    with _said_in_a_line():
         engine.check()
         for result in _play_all(engine.name, numbers, jobs):
             if as_json:
@@ -210,18 +209,27 @@ def sim(seeds: int, start: int, jobs: int, is_shrinking: bool, out: str, as_json
         if is_shrinking:
             for seed in tally.broken[:SHRUNK_MAX]:
                 _report_shrunk(engine.draw(seed), f"{out}/{seed}.toml", on_stderr=as_json)
-    except NotDeterministic as error:
-        click.echo(str(error), err=True)
-        raise SystemExit(EXIT_KIT_FAILED) from None
-    except KeyboardInterrupt:
-        click.echo("interrupted", err=True)
-        raise SystemExit(EXIT_INTERRUPTED) from None
     tally.report(as_json=as_json)
     code = tally.exit_code()
     if code == EXIT_NO_EVIDENCE:
         click.echo("nothing was elected or acknowledged: this proves nothing", err=True)
     if code:
         raise SystemExit(code)
+
+
+@contextmanager
+def _said_in_a_line() -> Iterator[None]:
+    """What ends a run before it has a result."""
+    from chaos.sim.engine import NotDeterministic
+
+    try:
+        yield
+    except NotDeterministic as error:
+        click.echo(str(error), err=True)
+        raise SystemExit(EXIT_KIT_FAILED) from None
+    except KeyboardInterrupt:
+        click.echo("interrupted", err=True)
+        raise SystemExit(EXIT_INTERRUPTED) from None
 
 
 def _is_seed(what: str) -> bool:
@@ -259,7 +267,8 @@ Examples:
 def replay(what: str, trace: bool, until: float | None, as_json: bool, is_full: bool) -> None:
     """Play one seed, or one scenario file, again."""
     scenario = _scenario_of(what, is_full=is_full)
-    result = _engine(scenario.engine).play(scenario, keep_trace=trace, until=until)
+    with _said_in_a_line():
+        result = _engine(scenario.engine).play(scenario, keep_trace=trace, until=until)
     if as_json:
         click.echo(json.dumps(result.to_json()))
     else:
@@ -301,13 +310,10 @@ Examples:
 def shrink(what: str, out: str | None, is_full: bool) -> None:
     """Make a failing run small: the same broken promise with fewer faults, nodes and clients."""
     scenario = _scenario_of(what, is_full=is_full)
-    try:
+    with _said_in_a_line():
         shrunk = _report_shrunk(
             scenario, out or f"chaos-out/{scenario.plan.seed}.toml", file=None if _is_seed(what) else what
         )
-    except KeyboardInterrupt:
-        click.echo("interrupted", err=True)
-        raise SystemExit(EXIT_INTERRUPTED) from None
     if shrunk is not None:
         raise SystemExit(EXIT_BROKEN)
     click.echo("every promise held: there is nothing to shrink")

@@ -209,8 +209,12 @@ def _our_cluster(data: Path, groups: int, config: Path | None = None) -> Iterato
         subprocess.run([*quorate, "down", "--data", str(data)], cwd=REPOSITORY, check=False, timeout=60)
 
 
+def _outside_namesrv() -> str | None:
+    return os.environ.get("INTEROP_NAMESRV")
+
+
 def _outside() -> Target | None:
-    namesrv = os.environ.get("INTEROP_NAMESRV")
+    namesrv = _outside_namesrv()
     if not namesrv:
         return None
     route = wire.query_route(namesrv, wire.TEMPLATE_TOPIC)
@@ -231,7 +235,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
 @pytest.fixture(scope="session")
 def two_groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     """Two raft groups of three brokers each."""
-    if _outside() is not None:
+    if _outside_namesrv():
         pytest.skip("an outside cluster is under test, which has the groups it has")
     yield from _our_cluster(tmp_path_factory.mktemp("two-groups"), 2)
 
@@ -239,7 +243,7 @@ def two_groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
 @pytest.fixture(scope="module")
 def four_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     """One raft group of three brokers, with a fourth one beside it that is no member yet."""
-    if _outside() is not None:
+    if _outside_namesrv():
         pytest.skip("an outside cluster is under test, which has the members it has")
     folder = tmp_path_factory.mktemp("four-nodes")
     config = folder / "cluster.toml"

@@ -236,3 +236,13 @@ def test_the_verbs_play_and_repeat_seeds(monkeypatch: pytest.MonkeyPatch) -> Non
     again = runner.invoke(chaos_group, ["replay", "--full", "3", "--json"])
     assert json.loads(again.output) == first
     assert runner.invoke(chaos_group, ["replay", "--full", "a-file.toml"]).exit_code == 2
+
+
+@pytest.mark.parametrize("verb", [["sim", "--seeds", "1"], ["replay", "3"], ["shrink", "3"]])
+def test_a_trio_that_cannot_be_made_to_repeat_itself_is_told_in_a_line(
+    verb: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trio._core._run._r", None)
+    ended = CliRunner().invoke(chaos_group, [*verb, "--full"])
+    assert ended.exit_code == commands.EXIT_KIT_FAILED, ended.output
+    assert ended.output == f"trio {trio.__version__} has no switch for deterministic scheduling\n"

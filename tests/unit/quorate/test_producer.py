@@ -219,6 +219,7 @@ async def test_a_late_answer_is_waited_for_while_the_leader_stays() -> None:
         slow.is_frozen = True
 
         async def answer() -> None:
+            await wait_until(lambda: bool(slow.unanswered), what="the send")
             await trio.sleep(0.5)
             slow.answer_late()
 
