@@ -392,7 +392,6 @@ class Raft:
         # Whatever made us recover: a quorum without us, or everybody, has found our log the best.
         if self.recovering:
             self._recovered()
-        self.noop_index = 0
         self._heartbeat_due = now
         self._succession.undisturbed_since = now
         self._replication.begin(self.term, now)

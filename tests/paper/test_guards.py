@@ -144,6 +144,18 @@ def test_4_2_a_recovery_waits_for_everything_the_leader_has_committed() -> None:
     assert not member.raft.recovering
 
 
+def test_4_2_a_recovery_is_not_ended_by_a_message_that_vouches_for_less() -> None:
+    """It may be of an earlier life: what this node has lost was acknowledged behind it."""
+    log = make_log(1, 1, 1)
+    group = Group(logs={"n2": log}, hard_states={"n2": HardState(1, None)})
+    member = group["n2"]
+    member.boot(recovering=True, commit_index=3)
+    member.receive("n0", empty_append(make_log(1, 1), term=1, commit=2))
+    assert member.raft.recovering
+    member.receive("n0", empty_append(log, term=1, commit=3, seq=2))
+    assert not member.raft.recovering
+
+
 # Replication
 
 
@@ -297,6 +309,23 @@ def test_4_2_1_two_voters_commit_nothing_with_a_learner_alone() -> None:
 
 
 # Reads, segments
+
+
+def test_6_4_a_second_leadership_answers_no_read_before_its_own_no_op_is_committed() -> None:
+    group = Group()
+    group.elect("n0")
+    member = group["n0"]
+    member.receive("n1", msg.PreVoteReply(4, 2, False))
+    assert member.raft.role is Role.FOLLOWER
+    member.writes = False
+    group.elect("n0")
+    member.read(1)
+    group.settle()
+    assert member.answers == [] and member.raft.commit_index == 1
+    member.complete_writes()
+    member.end_turn()
+    group.settle()
+    assert member.answers == [(1, 2)]
 
 
 def test_6_4_one_answer_of_four_confirms_no_read() -> None:
