@@ -6,10 +6,14 @@ disk has and not what was once in memory.
 
 from __future__ import annotations
 
+import errno
+
 from dledger.store.format import LOG_FOLDER, META_FILE, ROWS_FOLDER
 from runtime.model import Files
 
 FAILED_FILE = "failed"
+NOT_OPENED = frozenset({errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOENT})
+"""What opening a file may end with, and neither a write nor a sync: the page cache has lost nothing."""
 
 
 def mark_failed(files: Files, folder: str, text: str) -> None:

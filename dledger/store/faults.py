@@ -57,8 +57,8 @@ def refuse_faults(faults: Iterable[FaultyRange]) -> None:
     for fault in faults:
         raise LogDamaged(
             f"entry {fault.first_index} at position {fault.position} is damaged or missing ({fault.reason}), although"
-            f" entries up to {fault.last_index} were once on stable storage; refusing to serve, and no peer has"
-            " them: restore a backup"
+            f" entries up to {fault.last_index} were once there; refusing to serve, and no peer has them: restore a"
+            " backup"
         )
 
 

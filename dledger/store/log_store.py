@@ -15,7 +15,7 @@ import trio
 from dledger.core.types import Entry, EntryType
 from dledger.errors import StoreFailed
 from dledger.store.base import BaseRecord, write_base
-from dledger.store.failure import clear_failed, forget_cached_pages, mark_failed
+from dledger.store.failure import NOT_OPENED, clear_failed, forget_cached_pages, mark_failed
 from dledger.store.format import LOG_FOLDER, ROWS_FOLDER, Format, read_format, write_format
 from dledger.store.log_reader import LogReader
 from dledger.store.meta import MetaFile, format_meta
@@ -69,7 +69,8 @@ def _load(files: Files, folder: str, segment_bytes: int, durable_index: int, opt
             is_cache_kept=options.is_cache_kept,
         )
     except OSError as error:
-        if error.errno not in DISK_FULL:  # what it could not sync is clean now: the next one must not find it in memory
+        if error.errno not in DISK_FULL | NOT_OPENED:
+            # What it could not sync is clean now: the next one must not find it in memory.
             mark_failed(files, folder, f"recovering the log in {folder} failed: {error}")
         raise
     try:

@@ -377,6 +377,22 @@ async def test_scenario_08_a_recovery_that_cannot_sync_what_it_keeps_leaves_a_ma
     assert not has_failed(RealFiles(), str(tmp_path))
 
 
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES])
+async def test_a_recovery_that_cannot_open_a_file_has_lost_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """With the mark a voter that acknowledges from the page cache would take itself for one that has forgotten."""
+    await write_log(tmp_path, ENTRIES[:5])
+
+    def fails(*_: object) -> None:
+        raise OSError(number, "not opened")
+
+    monkeypatch.setattr("dledger.store.recovery.open_segment", fails)
+    with pytest.raises(OSError, match="not opened"):
+        await reopened(tmp_path)
+    assert not has_failed(RealFiles(), str(tmp_path))
+
+
 async def test_scenario_08_a_damaged_end_that_cannot_be_cut_leaves_a_mark(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
