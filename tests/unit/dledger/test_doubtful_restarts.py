@@ -109,9 +109,9 @@ async def test_acknowledged_entries_that_turn_out_damaged_before_their_sync_are_
         await wait_until(lambda: not node.running.statistics().recovering, what="the leader's confirmation")
 
 
-@pytest.mark.parametrize("do_they_fit", [False, True])
+@pytest.mark.parametrize(("do_they_fit", "are_they_useful"), [(False, True), (True, True), (True, False)])
 async def test_what_was_acknowledged_is_vouched_for_unless_fetched_segments_take_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, do_they_fit: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, do_they_fit: bool, are_they_useful: bool
 ) -> None:
     marks: list[int] = []
     save_mark = MetaFile.save_mark
@@ -126,7 +126,7 @@ async def test_what_was_acknowledged_is_vouched_for_unless_fetched_segments_take
             raise LogDamaged("they do not fit")
 
     monkeypatch.setattr(lifecycle, "finish_install", finish)
-    monkeypatch.setattr(lifecycle, "is_useful", lambda store, pulled: True)
+    monkeypatch.setattr(lifecycle, "is_useful", lambda store, pulled: are_they_useful)
     async with cluster(tmp_path, flush_interval_ms=60_000) as toy:
         await toy.put(b"one")
         await toy.level()
@@ -137,7 +137,7 @@ async def test_what_was_acknowledged_is_vouched_for_unless_fetched_segments_take
         life._pulled = cast(Any, SimpleNamespace(last_index=2))
         driver.reopen("segments fetched")
         await wait_until(lambda: node.running._driver not in (None, driver), what="the next run")
-        assert marks == ([] if do_they_fit else [2])
+        assert marks == ([] if do_they_fit and are_they_useful else [2])
 
 
 async def test_vote_found_in_the_page_cache_is_on_the_disk_before_it_counts() -> None:

@@ -17,7 +17,7 @@ from dledger.disk_watch import CUT, LOG_SYNC, LOG_WRITE, DiskWatch
 from dledger.errors import LogDamaged
 from dledger.feed import RUNS_MAX, LogFeed
 from dledger.measures import BOUNDS, Histogram, Measures
-from dledger.own_entries import OLD_PEER, OwnEntries
+from dledger.own_entries import OLD_PEER, WAITING_MAX, OwnEntries
 from dledger.reads import READS_WAITING_MAX, Reads
 from dledger.store.log_store import LogStore
 from runtime.logs import get_logger
@@ -120,6 +120,16 @@ def test_outcomes_of_own_entries_are_told_in_order_once() -> None:
     own.ask(EntryType.TRIM, lambda: b"body", old)
     own.log(1, propose)
     assert indexes == [3, 4] and old.answers == [OLD_PEER]
+
+
+def test_own_entries_that_wait_are_bounded() -> None:
+    own = OwnEntries(cast(LogStore, SimpleNamespace()), cast(Raft, SimpleNamespace()), 65_536)
+    waiting, late = Told(), Told()
+    for told in [waiting] * WAITING_MAX + [late]:
+        own.ask(EntryType.TRIM, lambda: b"body", told)
+    assert late.answers == ["too many changes wait to be logged"] and waiting.answers == []
+    own.refuse("gone")
+    assert waiting.answers == ["gone"] * WAITING_MAX
 
 
 # The disk's watch

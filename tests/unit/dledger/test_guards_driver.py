@@ -9,6 +9,8 @@ from typing import Any, cast
 
 import pytest
 import trio
+from attrs import evolve
+from trio.testing import MockClock
 
 from dledger.config import GroupConfig
 from dledger.core import effects as fx
@@ -17,10 +19,10 @@ from dledger.core.events import Event, Propose
 from dledger.core.types import HEADER_BYTES, Entry, EntryType, frame_entry
 from dledger.disk_watch import Usage
 from dledger.driver import Driver
-from dledger.errors import CoreStopped, DiskFull, FormatError, LogDamaged, NotLeader, Overloaded
+from dledger.errors import CoreStopped, DiskFull, FormatError, LogDamaged, NotLeader, Overloaded, Reopen
 from dledger.feed import LogFeed
 from dledger.identity import identify
-from dledger.lifecycle import LifeCycle
+from dledger.lifecycle import REOPEN_SECONDS_MAX, REOPEN_SECONDS_MIN, LifeCycle
 from dledger.open_batch import BATCH_BYTES_MAX, BATCH_RECORDS_MAX, OpenBatch, Proposal
 from dledger.replay import Replay
 from dledger.retention import Retention, encode_trim
@@ -177,6 +179,44 @@ async def test_4_6_a_damaged_log_of_one_is_not_served(tmp_path: Path) -> None:
             await node.run_here()
 
 
+def a_life(folder: Path) -> tuple[LifeCycle, Format]:
+    peers = {"n0": ("127.0.0.1", 1), "n1": ("127.0.0.1", 2)}
+    config = lone_config(data_dir=str(folder), format_if_empty=True, peers=peers)
+    life = LifeCycle(
+        test_env(folder),
+        config,
+        ToyMachine(),
+        get_logger("test"),
+        OpenBatch(),
+        listener=None,
+        serving=lambda driver: None,
+        before_reopen=trio.lowlevel.checkpoint,
+    )
+    return life, identified(folder, config)
+
+
+async def test_a_log_that_is_damaged_again_and_again_is_opened_anew_ever_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    life, identity = a_life(tmp_path)
+    lasting = [0.0, 0.0, 0.0, REOPEN_SECONDS_MAX + 1, 0.0]
+    pauses: list[float] = []
+    ended_at = 0.0
+
+    async def run_once(*_: object) -> None:
+        nonlocal ended_at
+        pauses.append(trio.current_time() - ended_at)
+        if lasting:
+            await trio.sleep(lasting.pop(0))
+            ended_at = trio.current_time()
+            raise Reopen("damaged")
+
+    monkeypatch.setattr(life, "_run_once", run_once)
+    await life._reopen_until_stopped(cast(Any, None), identity, trio.TASK_STATUS_IGNORED)
+    first = REOPEN_SECONDS_MIN
+    assert pauses[1:] == pytest.approx([first, 2 * first, 4 * first, 0.0, first]), "one that lasted counts for nothing"
+
+
 async def test_4_6_a_damaged_log_is_mended_before_it_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
 
@@ -192,19 +232,7 @@ async def test_4_6_a_damaged_log_is_mended_before_it_is_served(tmp_path: Path, m
         faults = ["entry 3 is damaged"] if not done else []
         return SimpleNamespace(abandon=lambda: done.append("closed")), SimpleNamespace(faults=faults)
 
-    peers = {"n0": ("127.0.0.1", 1), "n1": ("127.0.0.1", 2)}
-    config = lone_config(data_dir=str(tmp_path), format_if_empty=True, peers=peers)
-    identity = identified(tmp_path, config)
-    life = LifeCycle(
-        test_env(tmp_path),
-        config,
-        ToyMachine(),
-        get_logger("test"),
-        OpenBatch(),
-        listener=None,
-        serving=lambda driver: None,
-        before_reopen=trio.lowlevel.checkpoint,
-    )
+    life, identity = a_life(tmp_path)
     monkeypatch.setattr("dledger.lifecycle.LogStore.open", opened)
     monkeypatch.setattr(life, "_mend", noting("mended"))
     monkeypatch.setattr(life, "_serve", noting("served"))
@@ -237,6 +265,22 @@ async def test_scenario_23_a_blank_folder_recovers_from_its_first_moment_on(tmp_
     meta = MetaFile.open(test_env(tmp_path).files, str(tmp_path), identity)
     assert meta.saved.recovering
     meta.close()
+
+
+# Members
+
+
+async def test_4_15_a_member_that_leaves_is_let_go_when_that_is_committed(tmp_path: Path) -> None:
+    """Until then a removed leader needs the answers of the others, and a cut may bring a removed member back."""
+    async with cluster(tmp_path) as toy:
+        driver = driver_of(await toy.leader())
+        members = driver.roster.members
+        gone = next(name for name in members.voters if name != driver.leader_id)
+        left = evolve(members, voters=tuple(name for name in members.voters if name != gone))
+        driver._perform([fx.MembersChanged(9, left)])
+        assert gone in driver.peers._addresses
+        driver._perform([fx.MembersChanged(9, left, is_committed=True)])
+        assert gone not in driver.peers._addresses
 
 
 # Bounds
@@ -465,6 +509,16 @@ async def test_nobody_trims_alone_at_once() -> None:
     kept.checkpoint_saved(8)
     await kept._help_yourself()
     assert machine.trims == [] and not kept.is_unfit
+
+
+def test_who_owes_the_group_a_trim_decides_as_soon_as_it_leads() -> None:
+    kept, _ = retention(Shelf(6), applied=12)
+    kept.role_changed(is_leader=True, leader_known=True)
+    kept._owed = SEGMENT
+    kept.role_changed(is_leader=False, leader_known=True)
+    assert not kept._is_due
+    kept.role_changed(is_leader=True, leader_known=True)
+    assert kept._is_due
 
 
 async def test_who_trims_alone_keeps_what_no_checkpoint_covers() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
@@ -14,8 +15,9 @@ from dledger.core.config import RaftConfig
 from dledger.errors import LedgerError, NotLeader
 from dledger.fetch import Answer, FetchClient, LogSource
 from dledger.group import AddLearner, Promote, Remove, Role
-from dledger.install import end_switch
-from dledger.store.log_store import format_folder
+from dledger.install import Installer, Pulled, end_switch
+from dledger.segment_catch_up import SegmentCatchUp
+from dledger.store.log_store import LogStore, format_folder
 from dledger.store.meta import MetaFile
 from dledger.store.staging import INCOMING_FOLDER, INSTALL_MARK, Staging, decode_manifest, encode_manifest
 from dledger.wire import Fetch, Fetched, FetchKind
@@ -322,6 +324,30 @@ async def test_segments_that_end_before_the_own_mark_are_no_new_damage(tmp_path:
         await toy.level()
         assert_same_logs(toy)
         assert len(leader.machine.applied) == 32 * 300 + 1
+
+
+async def test_segments_that_replication_has_overtaken_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    are_useful = iter([False, True])
+    wanted: list[int] = []
+
+    class Puller:
+        async def pull(self, wanted_index: Callable[[], int], is_needed: Callable[[], bool]) -> Any:
+            await trio.lowlevel.checkpoint()
+            wanted.append(wanted_index())
+            return wanted[-1]
+
+    monkeypatch.setattr("dledger.segment_catch_up.is_useful", lambda store, pulled: next(are_useful))
+    catch_up = SegmentCatchUp(cast(LogStore, None), lambda: cast(Installer, Puller()), lambda: 0)
+    async with trio.open_nursery() as nursery:
+        catch_up.need(5)
+        nursery.start_soon(wait_for, catch_up)
+        await wait_until(lambda: wanted, what="the first transfer")
+        catch_up.need(9)
+    assert wanted == [4, 8] and catch_up.installer is None
+
+
+async def wait_for(catch_up: SegmentCatchUp) -> None:
+    assert await catch_up.run() == cast(Pulled, 8)
 
 
 @pytest.mark.parametrize("left", ["nothing", "a damaged manifest"])
