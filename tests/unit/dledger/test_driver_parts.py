@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import trio
+import trio.testing
 from attrs import define
 
 from dledger.core.messages import PreVoteReply
@@ -16,6 +17,7 @@ from dledger.core.types import HEADER_BYTES, Entry, EntryType, frame_entry, next
 from dledger.disk_watch import CUT, LOG_SYNC, LOG_WRITE, DiskWatch
 from dledger.errors import LogDamaged
 from dledger.feed import RUNS_MAX, LogFeed
+from dledger.kick import Kick
 from dledger.measures import BOUNDS, Histogram, Measures
 from dledger.own_entries import OLD_PEER, WAITING_MAX, OwnEntries
 from dledger.reads import READS_WAITING_MAX, Reads
@@ -33,6 +35,38 @@ class Told:
 
     def __call__(self, reason: str | None) -> None:
         self.answers.append(reason)
+
+
+# Kicks
+
+
+async def test_a_kick_is_kept_for_the_next_wait_and_a_cancelled_wait_takes_none() -> None:
+    kick = Kick()
+    with trio.move_on_after(0) as scope:
+        await kick.wait()
+    assert scope.cancelled_caught
+    kick.give()
+    kick.give()
+    with trio.fail_after(1):
+        await kick.wait()
+    for _ in range(2):  # two that nobody waited for are one; one that is forgotten is none
+        with trio.move_on_after(0) as scope:
+            await kick.wait()
+        assert scope.cancelled_caught
+        kick.give()
+        kick.clear()
+    woken: list[str] = []
+
+    async def wait() -> None:
+        await kick.wait()
+        woken.append("woken")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not woken
+        kick.give()
+    assert woken
 
 
 # Reads
