@@ -7,7 +7,7 @@ import pytest
 from dledger.core import effects as fx
 from dledger.core import messages as msg
 from dledger.core.config import RaftConfig
-from dledger.core.events import Durable, HardStateSaved, PeerUp, Propose, Receive, TurnEnd
+from dledger.core.events import Durable, HardStateSaved, PeerUp, Propose, Receive, Transfer, TurnEnd
 from dledger.core.log import MemoryLog
 from dledger.core.membership import AddLearner
 from dledger.core.types import EntryType, HardState, Role, frame_entry
@@ -91,6 +91,29 @@ def test_4_3_who_is_told_of_a_leader_asks_again_only_after_a_whole_timeout(has_l
         member.receive(voter, msg.PreVoteReply(0, 1, False, has_leader=has_leader and voter == "n1"))
     assert member.raft.role is Role.FOLLOWER
     assert (member.raft.deadline - group.now > group.config.election_timeout_min) is has_leader
+
+
+@pytest.mark.parametrize("has_leader", [False, True])
+def test_4_3_who_learns_of_a_higher_term_asks_again_at_once_unless_that_has_a_leader(has_leader: bool) -> None:
+    group = Group()
+    group.tick("n0")
+    member = group["n0"]
+    member.receive("n1", msg.PreVoteReply(5, 1, False, has_leader=has_leader))
+    assert (member.raft.role, member.raft.term) == (Role.FOLLOWER, 5)
+    assert (member.raft.deadline - group.now >= group.config.election_timeout_min) is has_leader
+
+
+def test_3_10_a_link_that_merely_broke_is_no_end_of_the_leader_that_orders_a_campaign() -> None:
+    group = Group()
+    group.elect("n0")
+    group["n0"].step(Transfer(group.now, "n1"))
+    group.deliver(group.take())
+    member = group["n1"]
+    assert member.raft.role is Role.PRE_CANDIDATE
+    group.lose("n1", "n0", hard=False)
+    assert member.raft.leader == "n0"
+    group.lose("n1", "n0", hard=True)
+    assert member.raft.leader is None
 
 
 def test_4_3_only_who_has_heard_no_leader_since_its_start_asks_once_all_peers_are_there() -> None:
