@@ -7,7 +7,7 @@ import pytest
 from dledger.core import effects as fx
 from dledger.core import messages as msg
 from dledger.core.config import RaftConfig
-from dledger.core.events import Durable, HardStateSaved, PeerUp, Propose, Receive, Transfer, TurnEnd
+from dledger.core.events import AcceptLoss, Durable, HardStateSaved, PeerUp, Propose, Receive, Transfer, TurnEnd
 from dledger.core.log import MemoryLog
 from dledger.core.membership import AddLearner
 from dledger.core.types import EntryType, HardState, Role, frame_entry
@@ -114,6 +114,28 @@ def test_3_10_a_link_that_merely_broke_is_no_end_of_the_leader_that_orders_a_cam
     assert member.raft.leader == "n0"
     group.lose("n1", "n0", hard=True)
     assert member.raft.leader is None
+
+
+def test_4_3_whoever_sends_a_message_is_there_and_its_answer_is_waited_for() -> None:
+    group = Group()
+    group.lose("n0", "n1", hard=True)
+    member = group["n0"]
+    member.receive("n1", msg.VoteReply(0, False))
+    group.tick("n0")
+    member.receive("n2", msg.PreVoteReply(0, 1, False))
+    assert member.raft.role is Role.PRE_CANDIDATE
+    member.receive("n1", msg.PreVoteReply(0, 1, True))
+    assert member.raft.role is Role.CANDIDATE
+
+
+def test_4_6_who_accepts_a_loss_while_a_leader_is_heard_does_not_campaign() -> None:
+    group = Group()
+    group.elect("n0")
+    raft = group.raft("n1")
+    raft.recovering = True
+    armed = raft.deadline
+    group["n1"].step(AcceptLoss(group.now))
+    assert not raft.recovering and raft.deadline == armed
 
 
 def test_4_3_only_who_has_heard_no_leader_since_its_start_asks_once_all_peers_are_there() -> None:
