@@ -394,6 +394,22 @@ def test_4_8_reads_that_wait_are_bounded() -> None:
     assert group["n0"].answers == [(3, "too many reads wait for a confirmation")]
 
 
+def test_4_7_a_peer_whose_next_entry_was_trimmed_meanwhile_is_offered_segments_and_sent_no_entry() -> None:
+    group = Group(config=RaftConfig(window_messages_max=1))
+    group.elect("n0")
+    for _ in range(8):
+        group["n0"].propose()
+    (first, *_) = group.take(lambda packet: packet[1] == "n2")
+    group.cut.add(("n0", "n2"))
+    group.settle()
+    assert group.raft("n0").commit_index == 9
+    group["n0"].log.trim(6)
+    group.cut.clear()
+    group.deliver([first])
+    group.deliver(group.take())
+    assert [type(message) for _, peer, message in group.wire if peer == "n2"] == [msg.SegmentsOffer]
+
+
 def test_4_7_segments_that_end_too_early_have_not_reached_the_entries() -> None:
     log = make_log(*(1,) * 20)
     log.trim(10)
