@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from chaos.sim.full.machine import Machine, Process
 
 SECTORS: Final = (512, 4096)
+PAGE: Final = 4096
 DIRTY_WRITES_MAX: Final = 2048
 """Of one file; beyond, the kernel has written the older half back by itself."""
 
@@ -356,13 +357,20 @@ class SimFile:
 
     def pwrite(self, data: Buffer, offset: int) -> None:
         self._check()
-        self._process.burn()
+        content, was_dead = bytes(data), self._process.is_dead
+        try:
+            self._process.burn()
+        except Dead:
+            if not was_dead:  # a kill ends a longer write between two pages: the front of it is done
+                front = content[: max(0, (offset + len(content) // 2) // PAGE * PAGE - offset)]
+                if front and offset + len(front) <= len(self._inode.cached):
+                    self._inode.write(offset, front)
+            raise
         disk = self._disk
         if disk.failing_writes:
             disk.failing_writes -= 1
             disk.has_failed = True
             raise OSError(errno.EIO, "Input/output error")
-        content = bytes(data)
         disk.grow(self._inode, offset + len(content))
         self._inode.write(offset, content)
         if disk.write_seconds:

@@ -338,6 +338,17 @@ def test_a_fuse_ends_a_process_before_that_step_at_its_disk() -> None:
     assert content(process.machine.disk, "/d/f") == b"12."
 
 
+def test_a_kill_may_end_a_long_write_between_two_pages() -> None:
+    process = process_of()
+    written(process, "/d/f", bytes(5 * 4096))
+    process.fuse = 0
+    process.on_fuse = lambda: process.die(power=False, rng=Random(1))
+    with pytest.raises(Dead):
+        process.env.files.open("/d/f").pwrite(b"x" * 4 * 4096, 100)
+    expected = bytes(100) + b"x" * (2 * 4096 - 100) + bytes(3 * 4096)
+    assert content(process.machine.disk, "/d/f") == expected
+
+
 def test_the_kernel_writes_back_by_itself_what_gets_too_much() -> None:
     process = process_of()
     written(process, "/d/f", b"0" * 8)
