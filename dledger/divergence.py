@@ -12,7 +12,6 @@ from __future__ import annotations
 from attrs import evolve
 
 from dledger.core.types import BadFrame, parse_entry
-from dledger.errors import LogDamaged
 from dledger.fetch import FetchClient
 from dledger.store.faults import FaultyRange
 from dledger.store.log_store import LogStore
@@ -23,7 +22,8 @@ _NOT_THERE = (FetchStatus.ABSENT, FetchStatus.UNSURE)
 
 async def widened(client: FetchClient, peer: str, own: LogStore, fault: FaultyRange) -> FaultyRange | None:
     """The range from behind the last entry in common on, for one whose predecessor `peer` says it does not have. None
-    where the peer does not say, or the predecessor is that entry. Checkpoint."""
+    where the peer does not say, or the predecessor is that entry. Checkpoint. Raises LogDamaged where an entry of
+    ours is damaged that the recovery took for intact: the log is to be recovered again."""
     low, high = own.first_index - 1, fault.first_index - 1
     if low >= high or await _has(client, peer, own, high) is not False or not await _follows(client, peer, own, low):
         return None
@@ -53,10 +53,7 @@ def _intact(own: LogStore, low: int, high: int) -> int | None:
 
 async def _has(client: FetchClient, peer: str, own: LogStore, index: int) -> bool | None:
     """Whether a peer has this entry of ours; None where it does not say."""
-    try:
-        (entry,) = own.entries(index, 1)[:1]
-    except LogDamaged:
-        return False  # nothing can be built on it
+    (entry,) = own.entries(index, 1)[:1]
     answer = await client.ask(peer, FetchKind.ENTRIES, index, index, entry.prev_crc)
     if not answer.is_ok:
         return False if answer.status in _NOT_THERE else None

@@ -36,11 +36,11 @@ from dledger.divergence import widened
 from dledger.errors import LedgerError, LogDamaged
 from dledger.fetch import FetchClient
 from dledger.store.checkpoint import read_checkpoint
-from dledger.store.faults import FaultyRange
+from dledger.store.faults import FaultyRange, add_suspects
 from dledger.store.log_store import LogStore
 from dledger.store.meta import MetaFile
 from dledger.store.repair import drop_open_fault, row_of_last, write_repair
-from dledger.store.rows import DISK_FULL
+from dledger.store.rows import DISK_FULL, suppress_disk_full
 from dledger.store.walk import LastEntry
 from dledger.wire import FetchKind, FetchStatus
 from runtime.logs import Logger
@@ -155,6 +155,9 @@ class RepairPhase:
             self._log.error("damage in the log: asking the peers", range=str(fault))
             if fault.is_open:
                 await self._look_for_its_end(fault)
+        with suppress_disk_full():
+            # Who mends one range and stops has to find the others again, also in a segment that looks complete.
+            await self._env.run_in_thread(add_suspects, self._env.files, self._folder, self._damaged_segments())
         while True:
             verdict = await self._round()
             if verdict is not None:
@@ -171,6 +174,15 @@ class RepairPhase:
                 await self._told.wait()
             self._told = trio.Event()
             pause = min(2 * pause, ROUND_SECONDS_MAX)
+
+    def _damaged_segments(self) -> set[int]:
+        """Start positions of the segments that the ranges lie in."""
+        nbytes = self._segment_bytes
+        return {
+            base
+            for fault in self._pending
+            for base in range(fault.position // nbytes * nbytes, fault.end or fault.position + 1, nbytes)
+        }
 
     async def _look_for_its_end(self, fault: FaultyRange) -> None:
         """Which entry was the last one of an open end, where something still tells."""
@@ -232,6 +244,8 @@ class RepairPhase:
                     found.has_as_much = peer
                     continue
                 status, reason = FetchStatus.ABSENT, "has other entries there"
+            elif status is FetchStatus.ABSENT:
+                status = await self._judge_absence(peer, fault)
             if status in (FetchStatus.ABSENT, FetchStatus.UNSURE):
                 found.differing.append(peer)
             if status is FetchStatus.ABSENT:
@@ -246,6 +260,19 @@ class RepairPhase:
         for peer in self._client.too_old():
             found.others[peer] = "runs a version that supplies nothing: upgrade it"
         return found
+
+    async def _judge_absence(self, peer: str, fault: FaultyRange) -> FetchStatus:
+        """What it means that a peer does not have a range as it follows here. Who has the intact entry behind it has
+        the range, too: then what lies before it here is not the group's, and that is no definite no. GONE where no
+        entry in common can be found, for the peer has trimmed them."""
+        if fault.last_index is None or fault.next_crc is None:
+            return FetchStatus.ABSENT
+        index = fault.last_index + 1
+        answer = await self._client.ask(peer, FetchKind.ENTRIES, index, index, fault.next_crc)
+        if not answer.is_ok:
+            return FetchStatus.ABSENT if answer.status is FetchStatus.ABSENT else FetchStatus.UNSURE
+        first = await self._client.ask(peer, FetchKind.ENTRIES, self._first_index, self._first_index)
+        return FetchStatus.GONE if first.status is FetchStatus.GONE else FetchStatus.UNSURE
 
     async def _fetch(self, peer: str, fault: FaultyRange) -> tuple[list[Entry], FetchStatus, str]:
         """A peer's entries of a range, their chain verified from its beginning on."""
@@ -312,7 +339,7 @@ class RepairPhase:
         front = evolve(fault, last_index=last.index, end=last.end, next_crc=last.head_crc)
         # Nothing proves that they are those that were here.
         await self._meta.save_recovering(True)
-        if not await self._write(front, _Found(found.front, found.front_of), was_open=True):
+        if not await self._write(front, evolve(found, entries=found.front, supplier=found.front_of), was_open=True):
             return None
         return evolve(fault, first_index=last.index + 1, position=last.end, prev_crc=last.head_crc)
 

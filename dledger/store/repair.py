@@ -192,6 +192,10 @@ def _drop(files: Files, folder: str, segment_bytes: int, fault: FaultyRange) -> 
             finally:
                 segment.close()
     remove_segments(files, folder, later)
+    for each in row_bases(files, folder):
+        last = last_row_at(files, folder, each) if each < base else None
+        if last is not None and last.index >= fault.first_index:
+            _drop_rows(files, folder, each, fault.first_index)
     if base not in segment_bases(files, folder):
         if base in row_bases(files, folder):
             remove_segments(files, folder, [base])
@@ -208,3 +212,14 @@ def _drop(files: Files, folder: str, segment_bytes: int, fault: FaultyRange) -> 
         segment.file.sync_now()
     finally:
         segment.close()
+
+
+def _drop_rows(files: Files, folder: str, base: int, from_index: int) -> None:
+    """Entries that once were there, shorter than those a repair put in their place, may have ended in an earlier
+    segment: its side rows would tell of them again and again."""
+    file = files.open(f"{folder}/{ROWS_FOLDER}/{segment_name(base)}")
+    try:
+        file.truncate(min(number for index, (number, _) in read_rows(file).items() if index >= from_index) * ROW_BYTES)
+        file.sync_now()
+    finally:
+        file.close()

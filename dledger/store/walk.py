@@ -427,7 +427,8 @@ def complete_rows(walk: Walk, faults: Sequence[FaultyRange], end: LastEntry) -> 
         if not taken:
             continue
         last = max(taken)
-        if any(fault.first_index <= last and min(taken) <= (fault.last_index or last) for fault in faults):
+        # Rows of a fault right behind the segment's frames are in its file, and tell that it is no older copy.
+        if any(fault.first_index <= last + 1 and min(taken) <= (fault.last_index or last) for fault in faults):
             each.segment.known = taken
             continue
         keep_rows(each.segment, taken, each.there)

@@ -13,6 +13,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 import trio
+from attrs import evolve
 from trio.testing import MockClock
 
 from dledger.config import GroupConfig
@@ -51,6 +52,7 @@ from dledger.wire import (
 )
 from runtime.logs import get_logger
 from runtime.testing import test_env, wait_until
+from tests.unit.dledger.store.crash_files import CrashFiles
 from tests.unit.dledger.store.store_kit import SEGMENT, Framer, opened, some_entries, write_log
 from tests.unit.dledger.store.test_guards_store import other_than
 from tests.unit.dledger.test_driver import cluster
@@ -297,8 +299,10 @@ FAULT = FaultyRange(5, 6, ENTRIES[3].end, ENTRIES[6].position, ENTRIES[3].head_c
 
 
 def a_phase(client: Answers, voters: tuple[str, ...] = ("n0", "n1", "n2")) -> RepairPhase:
+    files = CrashFiles()
+    files.make_dirs("/nowhere")
     return RepairPhase(
-        test_env(),
+        evolve(test_env(), files=files),
         "/nowhere",
         SEGMENT,
         cast(Any, None),

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 import trio
 
-from dledger.core.types import Entry
+from dledger.core.types import HEADER_BYTES, Entry
 from dledger.fetch import Answer, FetchClient, LogSource
 from dledger.install import Installer, end_switch, finish_install
 from dledger.repair import Mended, RepairPhase
@@ -33,10 +33,10 @@ VOTERS = ("n0", "n1", "n2")
 
 
 class Peer:
-    """The two other members, who have the same, asked as over the network."""
+    """The two other members, who have the same, or not, asked as over the network."""
 
-    def __init__(self, source: LogSource | None) -> None:
-        self.source = source
+    def __init__(self, source: LogSource | None, other: LogSource | None = None) -> None:
+        self._by_name = {"n1": source, "n2": other or source}
         self.bytes_received = 0
 
     def sources(self) -> list[str]:
@@ -49,19 +49,23 @@ class Peer:
         return
 
     async def ask(self, peer: str, kind: FetchKind, first: int = 0, last: int = 0, number: int = 0) -> Answer:
-        if self.source is None:
+        source = self._by_name[peer]
+        if source is None:
             await trio.lowlevel.checkpoint()
             return Answer(FetchStatus.DAMAGED, reason="damaged here too")
-        return await self.source.answer("n0", Fetch(1, kind, first, last, number))
+        return await source.answer("n0", Fetch(1, kind, first, last, number))
 
 
 def source_of(files: CrashFiles, store: LogStore) -> LogSource:
     return LogSource(env_of(files), FOLDER, SEGMENT, store, committed=lambda: store.last_index, is_sure=lambda: True)
 
 
-async def a_peer(entries: list[Entry]) -> Peer:
-    files = await built(entries)
-    return Peer(source_of(files, (await opened(files))[0]))
+async def a_peer(entries: list[Entry], other: list[Entry] | None = None) -> Peer:
+    sources: list[LogSource] = []
+    for log in (entries, other or entries):
+        files = await built(log)
+        sources.append(source_of(files, (await opened(files))[0]))
+    return Peer(*sources)
 
 
 def a_phase(files: CrashFiles, store: LogStore, peer: Peer, faults: Any) -> RepairPhase:
@@ -81,7 +85,7 @@ def a_phase(files: CrashFiles, store: LogStore, peer: Peer, faults: Any) -> Repa
 
 async def mend(files: CrashFiles, peer: Peer, *, gives_up: bool = False) -> LogStore:
     """What the group does from its start to the moment when it would serve."""
-    while True:
+    for _ in range(8):
         await end_switch(env_of(files), FOLDER, MetaFile.open(files, FOLDER, IDENTITY))
         store, recovered = await opened(files)
         if not recovered.faults:
@@ -96,6 +100,7 @@ async def mend(files: CrashFiles, peer: Peer, *, gives_up: bool = False) -> LogS
             pulled = await installer.pull(lambda: 1, lambda: True)
             assert pulled is not None
             await finish_install(env_of(files), FOLDER, pulled, store._meta)
+    raise AssertionError("mended again and again")
 
 
 def saved(files: CrashFiles) -> Meta:
@@ -191,6 +196,52 @@ async def test_a_peer_with_other_entries_at_the_end_is_not_believed() -> None:
     peer = await a_peer(others)
     store = await mend(before, peer)
     assert read_all(store) == ENTRIES[:-1] and saved(before).recovering
+
+
+def others_behind(last: int, *sizes: int) -> list[Entry]:
+    """The first of ENTRIES, and behind them others of a later term, with bodies of these sizes."""
+    framer = Framer()
+    framer.back_to(ENTRIES[last - 1])
+    return [*ENTRIES[:last], *(framer.next(bytes([size % 251]) * size, 2) for size in sizes)]
+
+
+def to_the_end_of_a_segment(last: int) -> list[Entry]:
+    """As `others_behind`, one more that ends just where its segment does."""
+    return others_behind(last, -ENTRIES[last - 1].end % SEGMENT - HEADER_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("damaged", "peers", "expected"),
+    [
+        pytest.param((9, 15), (ENTRIES[:12], ENTRIES[:8]), ENTRIES[:12], id="the first of those that were here"),
+        pytest.param((9, 12), (others_behind(9, *[2500] * 6), ENTRIES[:8]), others_behind(9, *[2500] * 3), id="longer"),
+        pytest.param(
+            (10, 11), (to_the_end_of_a_segment(10), ENTRIES[:8]), to_the_end_of_a_segment(10), id="to a border"
+        ),
+    ],
+)
+async def test_4_6_of_a_range_that_no_quorum_can_have_the_front_is_written_and_the_rest_is_cut(
+    damaged: tuple[int, int], peers: tuple[list[Entry], list[Entry]], expected: list[Entry]
+) -> None:
+    """Also where the front lies in other segments than what it replaces, whose side rows still tell of that."""
+    before = await stopped(await built(ENTRIES), clean=True)
+    for index in range(damaged[0], damaged[1] + 1):
+        damage(before, ENTRIES[index - 1])
+    peer = await a_peer(*peers)
+
+    async def action(files: CrashFiles) -> None:
+        await mend(files, peer)
+
+    async def check(files: CrashFiles, is_done: bool) -> None:
+        _, recovered = await opened(files)
+        assert recovered.faults or saved(files).recovering, "it would vote without what it may have acknowledged"
+        assert not is_done or not recovered.faults
+        found = read_all(await mend(files, peer))
+        # A crash between the front and the cut leaves a range that may end later: then more is known of its front.
+        assert found == expected or (not is_done and found == peers[0][: max(len(found), len(expected) + 1)])
+        assert saved(files).recovering and saved(files).durable_index <= len(found)
+
+    await at_every_operation(before, action, check)
 
 
 async def test_entries_that_nobody_supplies_are_given_up() -> None:

@@ -10,16 +10,16 @@ import trio
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from dledger.core.types import Entry, frame_entry, parse_entry
+from dledger.core.types import HEADER_BYTES, Entry, frame_entry, parse_entry
 from dledger.fetch import Answer, LogSource
 from dledger.repair import Mended, RepairPhase
-from dledger.store.faults import EntryDamaged, add_suspects
+from dledger.store.faults import EntryDamaged, FaultyRange, add_suspects
 from dledger.store.log_store import LogStore
 from dledger.store.rows import ROW_BYTES, row_of
-from dledger.store.segments import segment_bases
-from dledger.wire import Fetch, FetchKind
+from dledger.store.segments import segment_bases, segment_name
+from dledger.wire import Fetch, FetchKind, FetchStatus
 from runtime.logs import get_logger
-from runtime.testing import test_env
+from runtime.testing import test_env, wait_until
 from tests.unit.dledger.store.store_kit import SEGMENT, append, copied, log_files, opened, read_all
 from tests.unit.dledger.store.test_store_recovery import Logs, inflict
 from tests.unit.dledger.test_repair import assert_identical, cluster, fill, frames, segments
@@ -32,7 +32,9 @@ READ_BYTES = 1024
 class HealthyPeers:
     """A client (`dledger.fetch.FetchClient`) of two peers with the whole log."""
 
-    def __init__(self, folder: Path, store: LogStore) -> None:
+    def __init__(self, folder: Path, store: LogStore, *, without: int = 0) -> None:
+        """`without`: of this entry they do not answer."""
+        self._without = without
         env = test_env(folder)
         self._source = LogSource(
             env, str(folder), SEGMENT, store, committed=lambda: store.last_index, is_sure=lambda: True
@@ -45,6 +47,9 @@ class HealthyPeers:
         return []
 
     async def ask(self, peer: str, kind: FetchKind, first: int = 0, last: int = 0, number: int = 0) -> Answer:
+        if first == self._without:
+            await trio.lowlevel.checkpoint()
+            return Answer(FetchStatus.BUSY, reason="no answer")
         return await self._source.answer(peer, Fetch(1, kind, first, last, number))
 
 
@@ -115,6 +120,64 @@ def check(logs: Logs, damages: list[Damage]) -> None:
         assert [name for name in sorted({*there, *wanted}) if there.get(name) != wanted.get(name)] == []
 
     trio.run(run)
+
+
+async def faults_of(work: Path) -> list[FaultyRange]:
+    store, recovered = await opened(test_env(work), work)
+    store.abandon()
+    store._meta.close()
+    return recovered.faults
+
+
+async def test_4_6_damage_that_nobody_mends_is_no_larger_at_the_next_start(logs: Logs) -> None:
+    """Where all of the last frame of a segment is lost, the side row alone tells that this is no older copy."""
+    work = copied(logs.folder / "whole", logs.folder / "zeroed")
+    files = test_env(work).files
+    border = segment_bases(files, str(work))[2]
+    last = next(entry for entry in reversed(logs.entries) if entry.position < border)
+    files.open(f"{work}/log/{segment_name(border - SEGMENT)}").pwrite(
+        bytes(len(last.frame)), last.position - border + SEGMENT
+    )
+    found = await faults_of(work)
+    assert [(fault.first_index, fault.last_index) for fault in found] == [(last.index, last.index)]
+    assert await faults_of(work) == found
+
+
+async def test_4_6_who_mends_one_range_and_stops_finds_the_other_again(logs: Logs) -> None:
+    """In a closed segment that was walked because of the damage before it, and would be taken at its word now."""
+    work = copied(logs.folder / "whole", logs.folder / "stopped")
+    env = test_env(work)
+    border = segment_bases(env.files, str(work))[2]
+    other = next(entry for entry in reversed(logs.entries) if entry.position < border)
+    one = logs.entries[other.index + 2]
+    for entry in (other, one):
+        file = env.files.open(f"{work}/log/{segment_name(entry.position - entry.position % SEGMENT)}")
+        file.pwrite(b"?", entry.position % SEGMENT + HEADER_BYTES - 1)
+    store, recovered = await opened(env, work)
+    damaged = [fault.first_index for fault in recovered.faults]
+    assert damaged == [other.index, one.index]
+    healthy, _ = await opened(test_env(logs.folder / "whole"), logs.folder / "whole")
+    peers = HealthyPeers(logs.folder / "whole", healthy, without=one.index)
+    phase = RepairPhase(
+        env,
+        str(work),
+        SEGMENT,
+        store._meta,
+        recovered.faults,
+        VOTERS,
+        "n0",
+        peers,  # type: ignore[arg-type]
+        get_logger("test"),
+        own=store,
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(phase.run)
+        await wait_until(lambda: phase.repaired == 1, what="one range to be mended")
+        nursery.cancel_scope.cancel()
+    for each in (store, healthy):
+        each.abandon()
+        each._meta.close()
+    assert [fault.first_index for fault in await faults_of(work)] == [one.index]
 
 
 KINDS = ["flip", "flip", "truncate", "delete", "older", "stale", "foreign"]

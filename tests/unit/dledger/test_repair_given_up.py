@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,8 @@ from dledger.core.types import HEADER_BYTES, Entry
 from dledger.divergence import widened
 from dledger.fetch import Answer, FetchClient
 from dledger.repair import Mended, RepairPhase, _Found
-from dledger.store.faults import FaultyRange
+from dledger.store.faults import EntryDamaged, FaultyRange
+from dledger.store.meta import Meta
 from dledger.wire import FetchKind, FetchStatus
 from runtime.testing import test_env, wait_until
 from tests.unit.dledger.dledger_toy import Node
@@ -68,6 +70,77 @@ async def test_4_6_the_front_is_taken_from_who_has_all_that_is_committed_of_it(
     found = await a_phase(Logs(**peers))._ask_everybody(at(10))
     assert sorted(found.absent) == ["n1", "n2"]
     assert (found.front_of, [entry.index for entry in found.front]) == (front_of, list(kept))
+
+
+class Trimmed(Logs):
+    """Logs that begin behind the first entries."""
+
+    first_index = 1
+
+    async def ask(self, peer: str, kind: FetchKind, first: int = 0, last: int = 0, number: int = 0) -> Answer:
+        if first < self.first_index:
+            await trio.lowlevel.checkpoint()
+            return Answer(FetchStatus.GONE, reason="trimmed")
+        return await super().ask(peer, kind, first, last, number)
+
+
+def beside_an_older_copy(index: int) -> FaultyRange:
+    """As `at`, and what lies before it is not what the group has there."""
+    return evolve(at(index), prev_crc=at(index).prev_crc ^ 1)
+
+
+async def test_4_6_who_has_what_follows_a_range_does_not_say_that_it_was_never_committed() -> None:
+    """But that what lies before it here is another log's, and the entries behind it are intact."""
+    phase = a_phase(Logs(n1=ENTRIES, n2=ENTRIES[:20]))
+    found = await phase._ask_everybody(beside_an_older_copy(10))
+    assert sorted(found.absent) == ["n2"] and sorted(found.others) == ["n1"] and not found.gone
+    assert not phase._was_never_committed(found)
+    assert found.differing == ["n1", "n2"], "the range may be widened"
+
+
+async def test_4_6_a_range_beside_an_older_copy_is_lost_with_what_the_peers_have_trimmed() -> None:
+    """No entry in common is left to widen it to."""
+    peers = Trimmed(n1=ENTRIES, n2=ENTRIES)
+    peers.first_index = 5
+    assert await noting(a_phase(peers), [], beside_an_older_copy(10))._round() is Mended.INSTALL
+
+
+async def test_4_6_who_cannot_say_whether_it_has_what_follows_gives_no_definite_no() -> None:
+    class Interrupted(Logs):
+        async def ask(self, peer: str, kind: FetchKind, first: int = 0, last: int = 0, number: int = 0) -> Answer:
+            answer = await super().ask(peer, kind, first, last, number)
+            return Answer(FetchStatus.BUSY, reason="the connection was lost") if first == 21 else answer
+
+    found = await a_phase(Interrupted(n1=ENTRIES))._ask_everybody(beside_an_older_copy(10))
+    assert not found.absent and sorted(found.others) == ["n1"]
+
+
+async def test_4_6_damage_met_while_a_range_is_widened_is_no_divergence(tmp_path: Path) -> None:
+    """What lies between may be committed: the log is recovered anew, and the peers are asked for that entry."""
+    await write_log(tmp_path, ENTRIES)
+    store, _ = await opened(test_env(tmp_path), tmp_path)
+    for path in sorted((tmp_path / "log").iterdir()):
+        for offset, index in frames(path):
+            if index == 4:
+                flip(path, offset + HEADER_BYTES + 3)
+    with pytest.raises(EntryDamaged):
+        await widened(cast(FetchClient, Logs(n1=log_until(7, then=3))), "n1", store, at(10))
+    store.abandon()
+
+
+async def test_what_keeps_a_front_from_being_written_is_told() -> None:
+    phase = a_phase(Logs(n1=log_until(14), n2=log_until(12)))
+
+    async def no_room(*args: object) -> None:
+        await trio.lowlevel.checkpoint()
+        raise OSError(errno.ENOSPC, "no space left")
+
+    changed = cast(Any, noting(phase, [], at(10)))
+    del changed._write
+    changed._meta.saved = Meta()
+    changed._env = evolve(changed._env, run_in_thread=no_room)
+    assert await phase._round() is None
+    assert "this node has no room for the repair" in phase.waits_for
 
 
 def noting(phase: RepairPhase, done: list[str], fault: FaultyRange, *, has_room: bool = True) -> RepairPhase:
