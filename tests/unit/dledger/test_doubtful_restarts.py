@@ -135,9 +135,11 @@ async def test_what_was_acknowledged_is_vouched_for_unless_fetched_segments_take
         assert driver.store.durable_index < driver.store.written_index == 2
         monkeypatch.setattr(MetaFile, "save_mark", save_and_note)
         life._pulled = cast(Any, SimpleNamespace(last_index=2))
+        life._misfits = 1
         driver.reopen("segments fetched")
         await wait_until(lambda: node.running._driver not in (None, driver), what="the next run")
         assert marks == ([] if do_they_fit and are_they_useful else [2])
+        assert life._misfits == (1 if not are_they_useful else 0 if do_they_fit else 2), "transfers in a row"
 
 
 async def test_vote_found_in_the_page_cache_is_on_the_disk_before_it_counts() -> None:

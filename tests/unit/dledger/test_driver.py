@@ -170,6 +170,18 @@ async def test_changes_that_make_no_sense_are_refused_with_a_reason(tmp_path: Pa
         await toy.put(b"two")
 
 
+async def test_who_asked_for_a_change_hears_that_leadership_was_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster(tmp_path) as toy:
+        leader = await toy.leader()
+        driver = driver_of(leader)
+        monkeypatch.setattr(driver.peers, "send", lambda peer, message: None)  # nobody hears of it
+        answer = Answer()
+        driver.leadership.change_members(Remove(others(toy, leader)[0].node_id), answer)
+        assert await answer.wait() == "leadership was lost; the outcome is unknown"
+
+
 async def test_records_around_a_change_keep_their_positions(tmp_path: Path) -> None:
     async with cluster(tmp_path) as toy:
         await toy.put(b"one")

@@ -10,6 +10,7 @@ import pytest
 import trio
 import trio.testing
 from attrs import define
+from trio.testing import MockClock
 
 from dledger.core.messages import PreVoteReply
 from dledger.core.raft import Raft
@@ -17,6 +18,7 @@ from dledger.core.types import HEADER_BYTES, Entry, EntryType, frame_entry, next
 from dledger.disk_watch import CUT, LOG_SYNC, LOG_WRITE, DiskWatch
 from dledger.errors import LogDamaged
 from dledger.feed import RUNS_MAX, LogFeed
+from dledger.hard_state import HardStateKeeper
 from dledger.kick import Kick
 from dledger.measures import BOUNDS, Histogram, Measures
 from dledger.own_entries import OLD_PEER, WAITING_MAX, OwnEntries
@@ -24,6 +26,7 @@ from dledger.reads import READS_WAITING_MAX, Reads
 from dledger.store.log_store import LogStore
 from runtime.logs import get_logger
 from runtime.model import Env
+from runtime.testing import test_env
 from tests.unit.dledger.dledger_toy import lone_config
 
 
@@ -164,6 +167,36 @@ def test_own_entries_that_wait_are_bounded() -> None:
     assert late.answers == ["too many changes wait to be logged"] and waiting.answers == []
     own.refuse("gone")
     assert waiting.answers == ["gone"] * WAITING_MAX
+
+
+async def test_4_2_no_mark_is_saved_while_a_cut_may_take_it_down(autojump_clock: MockClock) -> None:
+    marks: list[int] = []
+    is_cut_due = True
+
+    async def save_mark(durable_index: int) -> None:
+        await trio.lowlevel.checkpoint()
+        marks.append(durable_index)
+        meta.saved.durable_index = durable_index
+
+    meta: Any = SimpleNamespace(saved=SimpleNamespace(durable_index=3), save_mark=save_mark)
+    store: Any = SimpleNamespace(durable_index=9)
+    keeper = HardStateKeeper(
+        test_env(),
+        lone_config(),
+        meta,
+        store,
+        cast(DiskWatch, None),
+        saved=lambda term, vote: None,
+        is_cut_due=lambda: is_cut_due,
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(keeper._keep_marked)
+        await trio.sleep(10)
+        assert marks == []
+        is_cut_due = False
+        await trio.sleep(10)
+        assert marks == [9], "and once"
+        nursery.cancel_scope.cancel()
 
 
 # The disk's watch

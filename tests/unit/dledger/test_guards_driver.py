@@ -179,6 +179,28 @@ async def test_4_6_a_damaged_log_of_one_is_not_served(tmp_path: Path) -> None:
             await node.run_here()
 
 
+async def test_4_6_who_looks_at_a_log_that_turns_out_damaged_is_answered_and_it_is_mended(tmp_path: Path) -> None:
+    def damaged(*_: object) -> Any:
+        raise LogDamaged("a row is damaged")
+
+    async def damaged_in_thread(*_: object) -> Any:
+        await trio.lowlevel.checkpoint()
+        damaged()
+
+    async with cluster(tmp_path, 1) as toy:
+        await toy.put(b"one")
+        node, driver = await alone(toy)
+        group, store = node.running, cast(Any, driver.store)
+        store.read = store.read_cached = store.manifest = damaged
+        store.read_in_thread = damaged_in_thread
+        driver.statistics = damaged  # type: ignore[method-assign]
+        assert group.read(0, 64) is None and group.read_cached(0, 64) is None and group.manifest() is None
+        assert group.statistics().node_id == "n0"
+        assert await group.read_cold(0, 64) is None
+        assert driver.counters["damage_found"] == 5
+        await wait_until(lambda: group._driver not in (None, driver), what="the log to be open again")
+
+
 def a_life(folder: Path) -> tuple[LifeCycle, Format]:
     peers = {"n0": ("127.0.0.1", 1), "n1": ("127.0.0.1", 2)}
     config = lone_config(data_dir=str(folder), format_if_empty=True, peers=peers)
