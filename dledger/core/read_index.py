@@ -20,7 +20,7 @@ class ReadRounds:
         self._gathering: list[int] = []
         self._confirming: list[int] = []
         self._index = 0
-        self._sent: dict[str, int] = {}
+        self._sent: Mapping[str, int] = {}
         self.waiting = 0
 
     @property
@@ -35,7 +35,7 @@ class ReadRounds:
         """A round begins: `sent` is the number of the last message to each peer so far; only later ones count."""
         self._confirming, self._gathering = self._gathering, []
         self._index = commit_index
-        self._sent = dict(sent)
+        self._sent = sent
 
     def finish(self, node: str, voters: Iterable[str], answered: Mapping[str, int]) -> tuple[int, list[int]]:
         """The index and the tokens of the round, when a quorum of the `voters` in force now has answered it.

@@ -7,7 +7,7 @@ import pytest
 from dledger.core import effects as fx
 from dledger.core import messages as msg
 from dledger.core.config import RaftConfig
-from dledger.core.events import AcceptLoss, Durable, HardStateSaved, PeerUp, Propose, Receive, Transfer, TurnEnd
+from dledger.core.events import AcceptLoss, Durable, HardStateSaved, PeerUp, Propose, Receive, Tick, Transfer, TurnEnd
 from dledger.core.log import MemoryLog
 from dledger.core.membership import AddLearner
 from dledger.core.types import EntryType, HardState, Role, frame_entry
@@ -101,6 +101,28 @@ def test_4_3_who_learns_of_a_higher_term_asks_again_at_once_unless_that_has_a_le
     member.receive("n1", msg.PreVoteReply(5, 1, False, has_leader=has_leader))
     assert (member.raft.role, member.raft.term) == (Role.FOLLOWER, 5)
     assert (member.raft.deadline - group.now >= group.config.election_timeout_min) is has_leader
+
+
+def test_3_10_the_order_to_take_over_is_given_once() -> None:
+    group = Group()
+    group.elect("n0")
+    group["n0"].step(Transfer(group.now, "n1"))
+    assert [type(message) for _, _, message in group.take()] == [msg.TimeoutNow]
+    group.now += group.config.heartbeat
+    group.heartbeat("n0")
+    ordered = [message for _, _, message in group.history_of("n0") if isinstance(message, msg.TimeoutNow)]
+    assert len(ordered) == 1 and group.raft("n0").is_transferring
+
+
+def test_4_3_whoever_lets_another_go_first_does_so_again_with_the_next_timer() -> None:
+    group = Group()
+    voter = group["n1"]
+    for _ in range(2):
+        group.now = voter.raft.deadline - 0.01
+        voter.receive("n2", msg.PreVote(1, 0, 0))
+        assert group.now + 0.15 <= voter.raft.deadline <= group.now + 0.30
+        group.now = voter.raft.deadline + 0.6
+        voter.step(Tick(group.now))  # found late: it is set anew
 
 
 def test_3_10_a_link_that_merely_broke_is_no_end_of_the_leader_that_orders_a_campaign() -> None:
@@ -260,6 +282,19 @@ def test_4_4_a_heartbeat_is_answered_although_entries_behind_it_wait_for_the_dis
     member.step(Receive(group.now, "n0", msg.Append(1, 1, 1, entry.prev_crc, 0, 3, (entry,))))
     member.end_turn()
     assert group.take() == [("n1", "n0", msg.AppendReply(1, 3, True, 1, 1))]
+
+
+def test_4_4_a_mark_below_that_of_an_older_term_is_reported_too() -> None:
+    group = Group()
+    member = group["n1"]
+    member.receive("n0", msg.Append(1, 0, 0, 0, 0, 1, make_log(1, 1, 1).entries(1, 1 << 20)))
+    entry = make_log(1, 2).entries(2, 1 << 20)[0]
+    member.writes = False
+    member.receive("n2", msg.Append(2, 1, 1, entry.prev_crc, 0, 1, (entry,)))
+    group.take()
+    member.complete_writes()
+    member.end_turn()
+    assert group.take() == [("n1", "n2", msg.AppendReply(2, 1, True, 2, 2))]
 
 
 def test_4_4_what_is_durable_takes_nothing_back_of_what_is_written() -> None:
