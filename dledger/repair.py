@@ -75,7 +75,8 @@ class _Found:
     """Peers that never had all of these entries, and how they said so."""
     front: list[Entry] = field(factory=list)
     """The first of these entries, as far as one of `absent` has them: `front_of`. Of several such peers the one whose
-    are of the greater term, then the longer ones: it has whatever of them is committed (Raft 5.4.1)."""
+    are of the greater term, then the longer ones: it has whatever of them was committed with this node's word (Raft
+    5.4.1, 5.4.3)."""
     front_of: str | None = None
     gone: set[str] = field(factory=set)
     others: dict[str, str] = field(factory=dict)

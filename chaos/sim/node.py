@@ -280,6 +280,9 @@ class SimNode:
                 self.disk.recovering = True
                 self.log.put(front)
                 self.disk.cut(first)
+                for entry in front:
+                    if entry.type == EntryType.CONFIG:  # one that this node may never have had
+                        self.disk.note_config(entry.index, decode_members(entry.body))
             else:
                 left.append(gap)
         for gap in left:

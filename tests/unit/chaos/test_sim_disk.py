@@ -14,7 +14,7 @@ from chaos.sim.properties import PropertyBroken
 from chaos.sim.schedule import Fault
 from chaos.sim.store_disk import StoreDisk
 from chaos.sim.world import Build, World
-from dledger.core.membership import Members
+from dledger.core.membership import Members, encode_members
 from dledger.core.types import HEADER_BYTES, Entry, EntryType, HardState, frame_entry, next_position
 from dledger.errors import LogDamaged
 
@@ -301,3 +301,25 @@ def test_a_log_that_the_store_refuses_breaks_a_promise(monkeypatch: pytest.Monke
     monkeypatch.setattr("chaos.sim.store_disk.recover_log", refuses)
     with pytest.raises(PropertyBroken, match="recovery refuses: n0 has a frame of version 9"):
         disk_with(3, kind=StoreDisk).recover()
+
+
+def test_a_front_that_a_repair_writes_brings_its_members() -> None:
+    """Entries that this node may never have had."""
+    disk = disk_with(9)
+    world, node = disk._world, disk._node
+    logs = {"n1": range(1, 6), "n2": range(1, 5)}
+    for name, indexes in logs.items():
+        peer = world.nodes[name]
+        peer.log.append([entry for index in indexes if (entry := disk.log.peek(index)) is not None])
+        peer.is_alive = True
+    one, members = world.nodes["n1"], Members(("n0", "n1"))
+    crc = one.log.head_crc_at(5)
+    assert crc is not None
+    position, body = next_position(one.log.position_end, HEADER_BYTES + 536, SEGMENT_BYTES), encode_members(members)
+    one.log.append([frame_entry(6, 2, position, EntryType.CONFIG, 0, (body,), crc, 0)])
+    one.disk.written = 6
+    disk.damage([6, 7])
+    disk.is_suspect = True
+    node._repair(node.incarnation, disk.recover())
+    assert disk.log.last_index == 6 and disk.recovering
+    assert disk.configs() == [(6, members)]
