@@ -6,7 +6,8 @@ bounded rate, from a `LogSource`; `FetchClient` asks. Nothing but what is verifi
 every entry and its chain again before it builds on it.
 
 An entry that the answering node does not have is a definite no (ABSENT) only where nothing of its own log can have been
-forgotten: a node that is recovering, blank or damaged there says UNSURE or DAMAGED instead.
+forgotten: a node that is recovering, blank or damaged there, or has another entry before damage, says UNSURE or DAMAGED
+instead.
 
 Segments that somebody copies are leased: they are not removed until the copy is complete, or its maker is silent, or
 away, for too long.
@@ -142,6 +143,8 @@ class LogSource:
         if before is None or before != prev_crc or first > store.last_index:
             status = FetchStatus.ABSENT if self._is_sure() else FetchStatus.UNSURE
             if before is not None and before != prev_crc:
+                if any(fault.first_index > first for fault in self._faults):
+                    status = FetchStatus.UNSURE  # before damage may lie an older copy (`dledger.divergence`)
                 return Answer(status, reason=f"entry {first - 1} is another one here")
             return Answer(status, reason=f"the log ends at entry {store.last_index}")
         entries = await read_entries(store, self._segment_bytes, first, ENTRIES_BYTES_MAX)

@@ -259,6 +259,15 @@ async def test_4_6_nothing_of_a_damaged_range_is_given(tmp_path: Path) -> None:
         assert (await damaged.answer("n1", Fetch(3, FetchKind.MANIFEST))).status is FetchStatus.DAMAGED
 
 
+async def test_4_6_another_entry_before_damage_is_no_definite_no(tmp_path: Path) -> None:
+    """It may be an older copy's, and the entries that were asked for what this node had."""
+    fault = FaultyRange(5, 7, ENTRIES[3].end, ENTRIES[7].position, ENTRIES[3].head_crc, ENTRIES[6].head_crc, "a test")
+    async with source(tmp_path, faults=(fault,)) as damaged:
+        before = await damaged.answer("n1", Fetch(1, FetchKind.ENTRIES, 3, 4, ENTRIES[1].head_crc ^ 1))
+        behind = await damaged.answer("n1", Fetch(2, FetchKind.ENTRIES, 9, 9, ENTRIES[7].head_crc ^ 1))
+        assert (before.status, behind.status) == (FetchStatus.UNSURE, FetchStatus.ABSENT)
+
+
 async def test_4_7_only_committed_segments_are_offered(tmp_path: Path) -> None:
     async with source(tmp_path, committed=4) as few:
         answer = await few.answer("n1", Fetch(1, FetchKind.MANIFEST))
