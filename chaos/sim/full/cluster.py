@@ -76,6 +76,8 @@ class Book:
         self.leaders: dict[int, str] = {}
         self.stored: dict[int, tuple[int, int]] = {}
         """operation -> (queue, offset) of the topic, as read from a broker's log soon after it was dispatched."""
+        self._positions: dict[int, int] = {}
+        """operation -> where in the log that is."""
         self.to_read: list[tuple[int, int, int, int]] = []
         """(queue, offset, position, size) of what is to be read for that."""
         self.retried: set[int] = set()
@@ -99,12 +101,14 @@ class Book:
             if known != unit:
                 self._world.broke(f"{node} has another message at {topic}/{queue_id}/{first + number} than was there")
 
-    def found(self, queue_id: int, offset: int, body: bytes) -> None:
-        """This is what the log holds for a unit of the topic. It outlives the log, which retention shortens."""
+    def found(self, queue_id: int, offset: int, position: int, body: bytes, *, kept_from: int) -> None:
+        """This is what the log holds, at `position`, for a unit of the topic. It outlives the log, which retention
+        shortens: what was sent again after the original had gone is a new message to the broker."""
         number = number_in(body)
-        known = self.stored.setdefault(number, (queue_id, offset))
-        if known != (queue_id, offset):
+        known = self.stored.get(number, (queue_id, offset))
+        if known != (queue_id, offset) and self._positions[number] >= kept_from:
             self._world.broke(f"message {number} is stored at {known} and at {(queue_id, offset)}")
+        self.stored[number], self._positions[number] = (queue_id, offset), position
 
     def got(self, queue_id: int, offset: int, body: bytes) -> None:
         """A consumer has read this from a queue of the topic."""
@@ -370,11 +374,13 @@ class ClusterSubject(RaftSubject):
         groups = [self.nodes[name].group for name in self.running()]
         for queue_id, offset, position, size in waiting:
             record = None
+            kept_from = 0
             for group in groups:
                 with suppress(Dead):  # a machine whose next process has not opened its log yet
                     record = record or group.read(position, size)
+                    kept_from = max(kept_from, group.first_position, group.statistics().trimmed_position)
             if record is not None:
-                self.book.found(queue_id, offset, decode_record(record).body)
+                self.book.found(queue_id, offset, position, decode_record(record).body, kept_from=kept_from)
             else:
                 self.book.to_read.append((queue_id, offset, position, size))
 

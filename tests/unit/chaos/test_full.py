@@ -6,7 +6,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import trio
@@ -246,3 +247,14 @@ def test_a_trio_that_cannot_be_made_to_repeat_itself_is_told_in_a_line(
     ended = CliRunner().invoke(chaos_group, [*verb, "--full"])
     assert ended.exit_code == commands.EXIT_KIT_FAILED, ended.output
     assert ended.output == f"trio {trio.__version__} has no switch for deterministic scheduling\n"
+
+
+@pytest.mark.parametrize("kept_from", [1_000, 1_001])
+def test_a_message_that_is_stored_twice_is_told_unless_retention_took_the_first_one(kept_from: int) -> None:
+    told: list[str] = []
+    book = cluster.Book(cast(World, SimpleNamespace(broke=told.append)))
+    book.found(0, 113, 1_000, b"%012d" % 447, kept_from=0)
+    book.found(0, 113, 1_000, b"%012d" % 447, kept_from=0)
+    assert not told
+    book.found(2, 137, 9_000, b"%012d" % 447, kept_from=kept_from)
+    assert told == (["message 447 is stored at (0, 113) and at (2, 137)"] if kept_from <= 1_000 else [])
