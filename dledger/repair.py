@@ -16,6 +16,7 @@ mend each other.
   last entry in common, and to end where a later range does (`dledger.divergence`).
 * Entries that so many voters definitely never had that no quorum can have them were never committed: cut, as above.
   The first ones of such a range, which one of these voters does have, may be: they are written in its place.
+  Who has the intact entry behind the range is none of these voters, whatever it has before.
 * Trimmed by the peers meanwhile: whole segments and a checkpoint take the log's place (`dledger.install`).
 * Else nobody can supply them now. The node goes on asking, and says so once a minute; it never skips an entry. Only an
   operator can give them up: then the log is cut where the first of them was, as above.
