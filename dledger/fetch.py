@@ -250,15 +250,20 @@ class _Lease:
 
 
 class FetchServer:
-    """Answers the questions of peers, one after the other for each peer, all together at a bounded rate.
+    """Answers the questions of peers, one after the other for each peer, all together at a bounded rate: it spares the
+    group's service, so a peer that the service itself waits for is answered as fast as can be.
 
     A peer that is told of segments has a lease of them, which every further question for a part prolongs. A question
     for a part of no bytes says that it has them all: from then on only what follows them is leased, for a while.
     """
 
-    def __init__(self, env: Env, source: Source, bytes_per_second: int) -> None:
+    def __init__(
+        self, env: Env, source: Source, bytes_per_second: int, is_waited_for: Callable[[str], bool] = lambda _: False
+    ) -> None:
+        """`is_waited_for(peer)`: whether the group commits nothing before that peer has caught up."""
         self._env = env
         self._source = source
+        self._is_waited_for = is_waited_for
         self._monotonic = env.clock.monotonic
         self._seconds_per_byte = 1.0 / bytes_per_second
         self._paid_until = 0.0
@@ -347,7 +352,8 @@ class FetchServer:
         while True:
             piece = data[offset : offset + BULK_PIECE_BYTES_MAX]
             offset += len(piece)
-            await self._pay(len(piece))
+            if not self._is_waited_for(link.peer):
+                await self._pay(len(piece))
             fetched = Fetched(
                 fetch.id,
                 answer.status,

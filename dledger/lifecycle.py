@@ -411,7 +411,7 @@ class LifeCycle:
             committed=lambda: driver.applier.applied_index,
             is_sure=lambda: not driver.core.recovering,
         )
-        server = FetchServer(env, source, config.fetch_bytes_per_second)
+        server = FetchServer(env, source, config.fetch_bytes_per_second, lambda peer: driver.core.is_waiting_for(peer))
         catch_up = SegmentCatchUp(
             store,
             lambda: Installer(env, config.data_dir, segment_bytes, client, self._log, store, misfits=self._misfits),

@@ -119,7 +119,7 @@ from dledger.core.membership import Members
 from dledger.core.messages import Message
 from dledger.core.outbox import Outbox
 from dledger.core.progress import Progress
-from dledger.core.quorum import quorum_mark
+from dledger.core.quorum import majority, quorum_mark
 from dledger.core.raft_log import RaftLog
 from dledger.core.read_index import ReadRounds
 from dledger.core.replication import Replication
@@ -233,6 +233,14 @@ class Raft:
     def progress(self) -> dict[str, Progress]:
         """What a leader knows of its peers; empty on any other node."""
         return self._replication.progress
+
+    def is_waiting_for(self, peer: str) -> bool:
+        """Whether nothing may be committed before this voter, or another one, has caught up with us as the leader."""
+        in_force = self.in_force
+        if not self.is_leader or peer not in in_force.voting_peers:
+            return False
+        caught_up = sum(map(self._replication.has_caught_up, in_force.voting_peers)) + in_force.is_voter
+        return caught_up < majority(len(in_force.voters))
 
     @property
     def members(self) -> Members:

@@ -190,6 +190,18 @@ def test_4_7_a_blank_peer_of_a_long_log_too() -> None:
     assert len(needs(group, "n2")) == 2 and group.raft("n0").progress["n2"].state is PeerState.SEGMENTS
 
 
+def test_4_7_a_leader_knows_whom_the_group_waits_for() -> None:
+    """Segments for others are a favour that may take its time."""
+    group = far_behind(60)
+    leader = group.raft("n0")
+    assert leader.progress["n2"].state is PeerState.SEGMENTS
+    assert not leader.is_waiting_for("n2"), "n1 is a quorum with it"
+    group.lose("n0", "n1", hard=False)
+    assert leader.is_waiting_for("n2") and leader.is_waiting_for("n1")
+    assert not leader.is_waiting_for("n9") and not leader.is_waiting_for("n0")
+    assert not group.raft("n1").is_waiting_for("n2"), "who does not lead does not know"
+
+
 def test_4_7_it_goes_on_with_entries_where_the_segments_end() -> None:
     group = far_behind(60)
     (need,) = needs(group, "n2")

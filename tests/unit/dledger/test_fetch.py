@@ -68,9 +68,11 @@ class Shelf:
         return Answer(FetchStatus.OK, self.data)
 
 
-def joined(member: Member, shelf: Shelf, nursery: trio.Nursery, rate: int = 1 << 30) -> FetchClient:
+def joined(
+    member: Member, shelf: Shelf, nursery: trio.Nursery, rate: int = 1 << 30, waited_for: str = ""
+) -> FetchClient:
     env = member.peers._env
-    server, client = FetchServer(env, shelf, rate), FetchClient(env)
+    server, client = FetchServer(env, shelf, rate, lambda peer: peer == waited_for), FetchClient(env)
     member.peers._fetching = Exchange(server, client)
     client.peers = member.peers
     nursery.start_soon(server.run)
@@ -90,6 +92,17 @@ async def test_answers_come_back_whole_and_at_the_agreed_rate(tmp_path: Path) ->
         assert trio.current_time() - started > 0.3, "two answers of a MiB, at 4 MB a second"
         assert shelf.asked == [Fetch(1, FetchKind.CHUNK, 1, 2, 3), Fetch(2, FetchKind.CHUNK, 1, 2, 3)]
         assert (await client.ask("n9", FetchKind.MANIFEST)).status is FetchStatus.BUSY
+        nursery.cancel_scope.cancel()
+
+
+async def test_4_7_whom_the_group_waits_for_gets_its_answers_at_once(tmp_path: Path) -> None:
+    async with members(tmp_path) as found, trio.open_nursery() as nursery:
+        await connected(found)
+        client = joined(found[0], Shelf(bytes(1 << 20)), nursery)
+        joined(found[1], Shelf(bytes(1 << 20)), nursery, rate=1, waited_for="n0")
+        with trio.fail_after(5):  # at the agreed rate: 12 days
+            for _ in range(2):
+                assert (await client.ask("n1", FetchKind.CHUNK, 1, 2, 3)).is_ok
         nursery.cancel_scope.cancel()
 
 
