@@ -46,6 +46,7 @@ def test_the_scheduler_repeats_itself() -> None:
     probe_scheduler()
 
 
+@pytest.mark.chaos
 def test_a_seed_is_a_run() -> None:
     first, second, other = run_plan(short(3)), run_plan(short(3)), run_plan(short(4))
     assert first == second
@@ -53,6 +54,7 @@ def test_a_seed_is_a_run() -> None:
     assert first.ok and first.counts["acknowledged"] and first.counts["elections"]
 
 
+@pytest.mark.chaos
 def test_a_seed_is_the_same_run_in_another_process() -> None:
     """Whatever Python's hashes of strings are: no order of a set may get through to what happens."""
     program = (
@@ -195,6 +197,7 @@ def test_retention_that_takes_what_is_still_to_be_delivered_is_found(monkeypatch
 # Shrinking
 
 
+@pytest.mark.chaos
 @pytest.mark.usefixtures("hasty")
 def test_a_failing_run_is_shrunk_to_a_file_that_replays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "_engine", lambda name: evolve(FULL, draw_plan=short))
@@ -226,6 +229,7 @@ def test_a_run_can_be_stopped_and_looked_at() -> None:
     assert sum("LEADER" in line for line in result.standing) == 1
 
 
+@pytest.mark.chaos
 def test_the_verbs_play_and_repeat_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = evolve(FULL, draw_plan=lambda seed: short(seed, fault_seconds=2.0))
     monkeypatch.setattr(commands, "_engine", lambda name: engine)

@@ -186,6 +186,7 @@ def test_wrong_usage_exits_2(runner: CliRunner, arguments: list[str]) -> None:
     assert runner.invoke(commands.chaos_group, arguments).exit_code == 2
 
 
+@pytest.mark.chaos
 def test_replay_prints_what_happened(runner: CliRunner) -> None:
     done = runner.invoke(commands.chaos_group, ["replay", "3", "--trace"])
     assert done.exit_code == 0

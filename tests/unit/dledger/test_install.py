@@ -111,6 +111,7 @@ async def test_scenario_21_blank_node_is_filled_by_appends_where_nothing_was_tri
         assert node.running.statistics().counters["installs"] == 0
 
 
+@pytest.mark.chaos
 async def test_node_below_the_first_index_is_filled_killed_half_way_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +218,7 @@ async def test_segments_that_a_node_has_already_are_not_fetched_again(
         assert 0 < received < total - had + 2 * SEGMENT, (received, had, total)
 
 
+@pytest.mark.chaos
 async def test_full_disk_holds_a_transfer_up_and_ends_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put, failures = Staging.put, 0
 

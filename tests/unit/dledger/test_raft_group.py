@@ -123,6 +123,7 @@ async def test_all_killed_and_restarted_keep_everything(tmp_path: Path) -> None:
         ]
 
 
+@pytest.mark.chaos
 async def test_restarted_follower_catches_up_with_ten_thousand_entries(tmp_path: Path) -> None:
     async with cluster(tmp_path) as toy:
         await toy.put(b"first")
@@ -407,6 +408,7 @@ def full_folders(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return full
 
 
+@pytest.mark.chaos
 async def test_leader_with_a_full_disk_hands_over_and_comes_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -429,6 +431,7 @@ async def test_leader_with_a_full_disk_hands_over_and_comes_back(
         assert_identical(toy)
 
 
+@pytest.mark.chaos
 async def test_follower_with_a_full_disk_does_not_fill_its_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

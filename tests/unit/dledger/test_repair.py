@@ -477,6 +477,7 @@ async def test_two_nodes_damaged_alike_are_mended_by_the_third(tmp_path: Path) -
         assert not any(node.running.statistics().counters["cut_as_damaged"] for node in damaged)
 
 
+@pytest.mark.chaos
 async def test_a_leader_damaged_under_load_hands_over_and_loses_nothing(tmp_path: Path) -> None:
     async with cluster(tmp_path) as toy:
         await fill(toy, 12)

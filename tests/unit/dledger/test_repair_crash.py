@@ -210,6 +210,7 @@ def to_the_end_of_a_segment(last: int) -> list[Entry]:
     return others_behind(last, -ENTRIES[last - 1].end % SEGMENT - HEADER_BYTES)
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize(
     ("damaged", "peers", "expected"),
     [

@@ -204,6 +204,7 @@ def both(number: int, kind: str) -> tuple[int, str, str, int, int]:
     return number, kind, kind, 100, 1
 
 
+@pytest.mark.chaos
 @settings(
     max_examples=12,
     phases=[Phase.explicit, Phase.generate],
