@@ -34,7 +34,7 @@ from dledger.replay import TablesLost, replay_log
 from dledger.roster import known_members
 from dledger.segment_catch_up import SegmentCatchUp, is_useful
 from dledger.store.checkpoint import read_checkpoint
-from dledger.store.failure import has_failed
+from dledger.store.failure import has_failed, is_cache_kept
 from dledger.store.faults import EntryDamaged, refuse_faults
 from dledger.store.format import Format
 from dledger.store.log_store import LogStore
@@ -217,7 +217,7 @@ class LifeCycle:
             warm=config.warm,
             mlock=config.mlock,
             advise=config.advise,
-            is_cache_kept=self._is_same_boot(meta) and not has_failed(env.files, config.data_dir),
+            is_cache_kept=is_cache_kept(env.files, config.data_dir, meta.saved, env.ids.boot_id),
             hint_is_evidence=not self._answered_from_cache(meta),
         )
         store, recovered = await LogStore.open(env, config.data_dir, identity.segment_bytes, meta, options)
@@ -280,11 +280,8 @@ class LifeCycle:
 
     def _may_have_forgotten(self, meta: MetaFile) -> bool:
         """Whether a power loss may have taken what this node acknowledged: async flush, and the machine rebooted."""
-        return self._answered_from_cache(meta) and not meta.saved.clean and not self._is_same_boot(meta)
-
-    def _is_same_boot(self, meta: MetaFile) -> bool:
-        """Whether the machine has not restarted since the run that wrote the log."""
-        return meta.saved.boot == boot_tag(self._env.ids.boot_id)
+        saved = meta.saved
+        return self._answered_from_cache(meta) and not saved.clean and not saved.is_of_boot(self._env.ids.boot_id)
 
     def _answered_from_cache(self, meta: MetaFile) -> bool:
         """Whether the run that wrote the log may have acknowledged what only the page cache had. The slots say so where

@@ -15,10 +15,10 @@ from dledger.core.types import Entry
 from dledger.errors import FormatError, LogDamaged
 from dledger.store.base import BaseRecord
 from dledger.store.checkpoint import read_checkpoint
-from dledger.store.failure import has_failed
+from dledger.store.failure import is_cache_kept
 from dledger.store.faults import FaultyRange, add_suspects
 from dledger.store.format import FORMAT_FILE, Format, read_format
-from dledger.store.meta import Meta, MetaFile, boot_tag
+from dledger.store.meta import Meta, MetaFile
 from dledger.store.recovery import RecoveredLog, recover_log
 from dledger.store.segments import Segment, segment_bases
 from runtime.model import Env, Files
@@ -158,9 +158,12 @@ def open_offline(
             meta = MetaFile.open(overlay, folder, identity).saved
             if every_frame:
                 add_suspects(overlay, folder, segment_bases(overlay, folder))
-            is_cache_kept = meta.boot == boot_tag(env.ids.boot_id) and not has_failed(overlay, folder)
             recovered = recover_log(
-                overlay, folder, identity.segment_bytes, meta.durable_index, is_cache_kept=is_cache_kept
+                overlay,
+                folder,
+                identity.segment_bytes,
+                meta.durable_index,
+                is_cache_kept=is_cache_kept(overlay, folder, meta, env.ids.boot_id),
             )
             checkpoint = read_checkpoint(overlay, folder)
             yield _offline_log(folder, identity, meta, recovered, 0 if checkpoint is None else checkpoint.index)

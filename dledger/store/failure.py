@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 
 from dledger.store.format import LOG_FOLDER, META_FILE, ROWS_FOLDER
+from dledger.store.meta import Meta
 from runtime.model import Files
 
 FAILED_FILE = "failed"
@@ -27,6 +28,11 @@ def mark_failed(files: Files, folder: str, text: str) -> None:
 def has_failed(files: Files, folder: str) -> bool:
     """Whether the mark is there: what was written to the log lately may be gone."""
     return files.exists(f"{folder}/{FAILED_FILE}")
+
+
+def is_cache_kept(files: Files, folder: str, saved: Meta, boot_id: str) -> bool:
+    """Whether the page cache has kept every write to the log in its order, as a mere kill of the process leaves it."""
+    return saved.is_of_boot(boot_id) and not has_failed(files, folder)
 
 
 def forget_cached_pages(files: Files, folder: str) -> None:

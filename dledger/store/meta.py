@@ -61,6 +61,10 @@ class Meta:
     """The run that writes this log acknowledges from the page cache, so an end that is not clean may cost it entries,
     whatever the next start is configured to do. Slots of earlier programs do not say."""
 
+    def is_of_boot(self, boot_id: str) -> bool:
+        """Whether the machine has not restarted since the run that wrote the log."""
+        return self.boot == boot_tag(boot_id)
+
 
 def identity_of(identity: Format) -> bytes:
     """Eight bytes that tell this node's slots from any other node's."""
