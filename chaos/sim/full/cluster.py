@@ -125,6 +125,11 @@ class Book:
             self._world.broke(f"message {sent.number} is acknowledged at {queue_id}/{offset}, which is not committed")
 
 
+def _kept_from(group: RaftGroup) -> int:
+    """Where the log begins, everything given up already being gone."""
+    return max(group.first_position, group.statistics().trimmed_position)
+
+
 def number_in(body: bytes) -> int:
     return int(bytes(body[:12]))
 
@@ -372,13 +377,15 @@ class ClusterSubject(RaftSubject):
         """Find out which message lies at each new unit, before retention takes the log away."""
         waiting, self.book.to_read = self.book.to_read, []
         groups = [self.nodes[name].group for name in self.running()]
+        kept_from = 0
+        for group in groups:
+            with suppress(Dead):  # a machine whose next process has not opened its log yet
+                kept_from = max(kept_from, _kept_from(group))
         for queue_id, offset, position, size in waiting:
             record = None
-            kept_from = 0
             for group in groups:
-                with suppress(Dead):  # a machine whose next process has not opened its log yet
+                with suppress(Dead):  # as above
                     record = record or group.read(position, size)
-                    kept_from = max(kept_from, group.first_position, group.statistics().trimmed_position)
             if record is not None:
                 self.book.found(queue_id, offset, position, decode_record(record).body, kept_from=kept_from)
             else:
@@ -454,7 +461,7 @@ class ClusterSubject(RaftSubject):
                 if operation in places:
                     raise Broken(f"{name} has message {operation} at {places[operation]} and at {(queue_id, number)}")
                 places[operation] = (queue_id, number)
-        has_trimmed = max(group.first_position, group.statistics().trimmed_position) > 0
+        has_trimmed = _kept_from(group) > 0
 
         def is_given_up(queue_id: int, offset: int) -> bool:
             """Retention, or a disk that is full, makes room with the oldest messages (design §3)."""
