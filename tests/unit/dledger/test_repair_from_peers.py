@@ -15,6 +15,7 @@ from dledger.fetch import Answer, LogSource
 from dledger.repair import Mended, RepairPhase
 from dledger.store.faults import EntryDamaged, FaultyRange, add_suspects
 from dledger.store.log_store import LogStore
+from dledger.store.recovery import RecoveredLog
 from dledger.store.rows import ROW_BYTES, row_of
 from dledger.store.segments import segment_bases, segment_name
 from dledger.wire import Fetch, FetchKind, FetchStatus
@@ -65,6 +66,21 @@ def read_every_byte(store: LogStore) -> list[Entry]:
     return read_all(store)
 
 
+def a_phase(work: Path, store: LogStore, recovered: RecoveredLog, peers: HealthyPeers) -> RepairPhase:
+    return RepairPhase(
+        test_env(work),
+        str(work),
+        SEGMENT,
+        store._meta,
+        recovered.faults,
+        VOTERS,
+        "n0",
+        peers,  # type: ignore[arg-type]
+        get_logger("test"),
+        own=store,
+    )
+
+
 async def served(work: Path, peers: HealthyPeers, truth: list[Entry]) -> None:
     """Open the log as a group does, with whatever phases of repair it takes, and check what it then shows."""
     env = test_env(work)
@@ -78,18 +94,7 @@ async def served(work: Path, peers: HealthyPeers, truth: list[Entry]) -> None:
                     await append(store, truth[store.last_index :])
                 await store.close()
                 return
-            phase = RepairPhase(
-                env,
-                str(work),
-                SEGMENT,
-                store._meta,
-                recovered.faults,
-                VOTERS,
-                "n0",
-                peers,  # type: ignore[arg-type]
-                get_logger("test"),
-                own=store,
-            )
+            phase = a_phase(work, store, recovered, peers)
             with trio.fail_after(5):
                 assert await phase.run() is Mended.REOPEN
         except EntryDamaged:
@@ -158,18 +163,7 @@ async def test_4_6_who_mends_one_range_and_stops_finds_the_other_again(logs: Log
     assert damaged == [other.index, one.index]
     healthy, _ = await opened(test_env(logs.folder / "whole"), logs.folder / "whole")
     peers = HealthyPeers(logs.folder / "whole", healthy, without=one.index)
-    phase = RepairPhase(
-        env,
-        str(work),
-        SEGMENT,
-        store._meta,
-        recovered.faults,
-        VOTERS,
-        "n0",
-        peers,  # type: ignore[arg-type]
-        get_logger("test"),
-        own=store,
-    )
+    phase = a_phase(work, store, recovered, peers)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(phase.run)
         await wait_until(lambda: phase.repaired == 1, what="one range to be mended")

@@ -20,7 +20,7 @@ from dledger.store.faults import EntryDamaged, FaultyRange
 from dledger.store.meta import Meta
 from dledger.wire import FetchKind, FetchStatus
 from runtime.testing import test_env, wait_until
-from tests.unit.dledger.dledger_toy import Node
+from tests.unit.dledger.dledger_toy import Node, ToyCluster
 from tests.unit.dledger.store.store_kit import Framer, opened, some_entries, write_log
 from tests.unit.dledger.test_guards_peers import ENTRIES, Answers, a_phase
 from tests.unit.dledger.test_repair import assert_identical, cluster, fill, flip, frames, segments
@@ -218,6 +218,15 @@ async def test_4_6_a_range_is_widened_only_where_the_peer_does_not_have_the_entr
         )
 
 
+async def filled(toy: ToyCluster) -> tuple[Node, Node, Node]:
+    """The leader of a level group with some entries, and the others."""
+    await fill(toy, 3)
+    await toy.level()
+    leader = await toy.leader()
+    one, two = (node for node in toy.nodes.values() if node is not leader)
+    return leader, one, two
+
+
 async def log_alone(old: Node, count: int) -> int:
     """Entries of a leader nobody follows; they are on its disk, and not committed. Returns the first one's index."""
     first = old.running.statistics().last_index + 1
@@ -248,10 +257,7 @@ async def test_damaged_entries_that_no_quorum_can_have_are_given_up(
 ) -> None:
     """A leader alone logged them; they were never committed. One peer's no is not enough, two of three are."""
     async with cluster(tmp_path, flush="sync") as toy:
-        await fill(toy, 3)
-        await toy.level()
-        old = await toy.leader()
-        one, two = (node for node in toy.nodes.values() if node is not old)
+        old, one, two = await filled(toy)
         await one.stop()
         await two.stop()
         first = await log_alone(old, 3)
@@ -280,10 +286,7 @@ async def test_of_a_range_that_is_given_up_the_first_entries_may_be_committed(
 ) -> None:
     """A leader's disk damaged one entry that a majority has, and the next one, that it alone had."""
     async with cluster(tmp_path, flush="sync") as toy:
-        await fill(toy, 3)
-        await toy.level()
-        old = await toy.leader()
-        one, two = (node for node in toy.nodes.values() if node is not old)
+        old, one, two = await filled(toy)
         await two.stop()
         await toy.put(b"committed by two of three")
         await one.stop()
